@@ -1,0 +1,1 @@
+"""Video-STAR in JAX: open-vocabulary action recognition with tools, trained by SFT and GRPO."""
