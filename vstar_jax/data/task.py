@@ -1,0 +1,51 @@
+"""What a dataset offers to training and evaluation: examples to learn from and episodes to be tried on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from vstar_jax.batch import Example
+from vstar_jax.dialogue import Decision, Prompts, ToolResult
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One clip to be named. Only frames, labels and what the tools return may reach a prompt.
+
+    name: the clip's name, for logs and result files; group: the set of classes it is scored in, such as base or novel;
+    frames uint8 [T, H, W, 3] at fps frames a second; labels: the allowed names in the order of the prompt; answer: the right
+    one; tools: what the tools return for a decision.
+    """
+
+    name: str
+    group: str
+    frames: np.ndarray
+    fps: float
+    labels: tuple[str, ...]
+    answer: str
+    tools: Callable[[Decision], ToolResult]
+
+
+class Task(Protocol):
+    """A dataset under a protocol."""
+
+    prompts: Prompts
+    groups: tuple[str, ...]
+
+    def train_records(self) -> Sequence[Any]:
+        """Random access to the training records."""
+        ...
+
+    def test_records(self, group: str) -> Sequence[Any]:
+        """The held-out records of a group, in a fixed order."""
+        ...
+
+    def example(self, record: Any, rng: np.random.Generator) -> Example | None:
+        """A training dialogue, drawn afresh with `rng`; None when the clip cannot be read."""
+        ...
+
+    def episode(self, record: Any, rng: np.random.Generator) -> Episode | None:
+        """A held-out episode; None when the clip cannot be read."""
+        ...

@@ -1,0 +1,83 @@
+"""One attention function for the tower and the language model; it picks the best kernel that JAX has on the platform.
+
+GPU in 16 bits: cuDNN's flash attention. TPU: the splash kernel, for long causal self-attention. Anything else, and short or
+oddly shaped problems: XLA.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from vstar_jax import sharding
+
+SPLASH_BLOCK = 128
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    q_slots: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v with grouped heads; softmax in float32.
+
+    Args:
+        q: [B, S, N, d]; k, v: [B, T, K, d] with N a multiple of K.
+        causal: query i sees keys up to i (S equals T).
+        q_slots: int32 [B, S]; query i sees keys up to slot q_slots[i] of a cache of T slots.
+        segments: int32 [B, S]; query and key must be of the same segment (S equals T). Padding is segment 0 and sees itself,
+            so no row of scores is empty.
+        valid: bool [B, T]; the keys that exist. Every row needs at least one.
+
+    Returns [B, S, N, d] in the type of q.
+    """
+    platform = sharding.platform()
+    if platform == "tpu" and causal and q.shape[1] % SPLASH_BLOCK == 0 and q.shape[-1] % 128 == 0:
+        return _splash(q, k, v, segments)
+    flash = platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[1] > 1
+    mask = _mask(q_slots, segments, valid, k.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn" if flash else "xla")
+
+
+def _mask(q_slots, segments, valid, keys: int) -> jax.Array | None:
+    """bool [B, 1, S or 1, T], true where a query sees a key; None when nothing is hidden."""
+    masks = []
+    if q_slots is not None:
+        masks.append(jnp.arange(keys) <= q_slots[:, None, :, None])
+    if segments is not None:
+        masks.append((segments[:, :, None] == segments[:, None, :])[:, None])
+    if valid is not None:
+        masks.append(valid[:, None, None, :])
+    mask = None
+    for m in masks:
+        mask = m if mask is None else mask & m
+    return mask
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """The Pallas kernel for TPU, causal, run by each device on its own rows and heads."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    mesh = jax.sharding.get_abstract_mesh()
+    length, heads = q.shape[1], q.shape[2]
+    if segments is None:
+        segments = jnp.ones(q.shape[:2], jnp.int32)
+
+    def local(q, k, v, segments):
+        masks = splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[2])
+        kernel = splash.make_splash_mha(masks, head_shards=1, q_seq_shards=1)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * (q.shape[-1] ** -0.5), k, v))
+        ids = splash.SegmentIds(q=segments, kv=segments)
+        return jax.vmap(kernel)(q, k, v, segment_ids=ids).swapaxes(1, 2).astype(v.dtype)
+
+    if mesh.empty:
+        return local(q, k, v, segments)
+    if k.shape[2] % mesh.shape["model"]:  # fewer KV heads than devices: give each query head its own copy
+        k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    specs = [sharding.spec(("batch", None, "heads", None), x.shape, mesh) for x in (q, k, v)]
+    rows = P(specs[0][0], None)
+    return jax.shard_map(local, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)(q, k, v, segments)

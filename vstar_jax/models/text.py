@@ -1,0 +1,127 @@
+"""Qwen2.5's decoder: grouped-query attention with M-RoPE and SwiGLU, stacked and scanned (HF Qwen2_5_VLTextModel)."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vstar_jax.models import rope
+from vstar_jax.models.attention import attention
+from vstar_jax.models.config import TextArchitecture
+from vstar_jax.models.layers import Linear, RMSNorm, SwiGLU, parameter, scan_layers
+from vstar_jax.sharding import constrain
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths"], meta_fields=[])
+@dataclass(frozen=True)
+class KVCache:
+    """keys, values [L, B, T, K, d]; lengths int32 [B], the slots of each row that are filled."""
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+
+    @classmethod
+    def empty(cls, cfg: TextArchitecture, rows: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+        """A cache of `slots` tokens for each of `rows` sequences."""
+        shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim)
+        zeros = constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None)
+        return cls(zeros, zeros, jnp.zeros(rows, jnp.int32))
+
+    def grown(self, slots: int) -> "KVCache":
+        """The same cache with room for `slots` more tokens in each row."""
+        widths = ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))
+        return KVCache(jnp.pad(self.keys, widths), jnp.pad(self.values, widths), self.lengths)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU; q, k and v have biases."""
+
+    def __init__(self, cfg: TextArchitecture, *, dtype, param_dtype, stack: int, rngs: nnx.Rngs):
+        norm = dict(param_dtype=param_dtype, stack=stack, rngs=rngs)
+        options = dict(dtype=dtype, **norm)
+        width, dim = cfg.hidden, cfg.head_dim
+        self.input_norm = RMSNorm(width, cfg.norm_eps, **norm)
+        self.post_attention_norm = RMSNorm(width, cfg.norm_eps, **norm)
+        self.q_proj = Linear((width,), (cfg.heads, dim), ("embed", "heads", None), bias=True, **options)
+        self.k_proj = Linear((width,), (cfg.kv_heads, dim), ("embed", "kv_heads", None), bias=True, **options)
+        self.v_proj = Linear((width,), (cfg.kv_heads, dim), ("embed", "kv_heads", None), bias=True, **options)
+        self.o_proj = Linear((cfg.heads, dim), (width,), ("heads", None, "embed"), **options)
+        self.mlp = SwiGLU(width, cfg.intermediate, bias=False, **options)
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, S, N, d] and k, v [B, S, K, d] of the normed input, q and k turned."""
+        h = self.input_norm(x)
+        q = constrain(self.q_proj(h), "batch", None, "heads", None)
+        k = constrain(self.k_proj(h), "batch", None, "kv_heads", None)
+        v = constrain(self.v_proj(h), "batch", None, "kv_heads", None)
+        return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The residual path after attention: output projection and feed-forward."""
+        x = constrain(x + self.o_proj(attended), "batch", None, None)
+        return constrain(x + self.mlp(self.post_attention_norm(x)), "batch", None, None)
+
+
+class TextModel(nnx.Module):
+    """Token embedding, L scanned layers, final norm, and the vocabulary projection (tied to the embedding or not)."""
+
+    def __init__(self, cfg: TextArchitecture, *, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
+        self.cfg, self.dtype, self.remat = cfg, dtype, remat
+        options = dict(param_dtype=param_dtype, rngs=rngs)
+        self.embedding = parameter(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), param_dtype, 0.02)
+        self.layers = DecoderLayer(cfg, dtype=dtype, stack=cfg.layers, **options)
+        self.norm = RMSNorm(cfg.hidden, cfg.norm_eps, **options)
+        head = dict(dtype=dtype, **options)
+        self.lm_head = None if cfg.tie_embeddings else Linear((cfg.hidden,), (cfg.vocab,), ("embed", "vocab"), **head)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, S] -> [B, S, D]."""
+        return constrain(self.embedding[...][tokens].astype(self.dtype), "batch", None, None)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, self.embedding[...].astype(self.dtype)).astype(jnp.float32)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
+        """Hidden states [B, S, D] of whole sequences, for training.
+
+        x [B, S, D]; positions int32 [B, S, 3]; segments int32 [B, S] when rows are packed, else None: padding at the end of
+        a row needs no mask under causal attention.
+        """
+        cos, sin = self._angles(positions)
+
+        def body(layer: DecoderLayer, x):
+            q, k, v = layer.project(x, cos, sin)
+            return layer.finish(x, attention(q, k, v, causal=True, segments=segments))
+
+        return self.norm(scan_layers(self.layers, body, x, self.remat))
+
+    def extend(self, x: jax.Array, positions: jax.Array, added: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Appends tokens to each row's cache at its own cursor: prefill, the next turn's input, or one decoded token.
+
+        x [B, S, D]; positions int32 [B, S, 3]; added int32 [B], how many of the S tokens the row really has (padding at the
+        end leaves nothing behind: the next call writes over it). Returns hidden states [B, S, D] and the grown cache.
+        """
+        cos, sin = self._angles(positions)
+        slots = cache.lengths[:, None] + jnp.arange(x.shape[1])
+        rows = jnp.arange(x.shape[0])[:, None]
+
+        def body(layer: DecoderLayer, carry, index):
+            x, keys, values = carry
+            q, k, v = layer.project(x, cos, sin)
+            keys = keys.at[index, rows, slots].set(k.astype(keys.dtype), mode="drop")
+            values = values.at[index, rows, slots].set(v.astype(values.dtype), mode="drop")
+            out = attention(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), q_slots=slots)
+            return layer.finish(x, out), keys, values
+
+        carry = (x, cache.keys, cache.values)
+        x, keys, values = scan_layers(self.layers, body, carry, "none", jnp.arange(self.cfg.layers))
+        return self.norm(x), KVCache(keys, values, cache.lengths + added)
+
+    def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rope.mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)

@@ -1,0 +1,105 @@
+"""Prefill and decoding: one while_loop a turn, each row at its own cursor, for evaluation and rollouts.
+
+Randomness belongs to the row: a key for each row, folded with the place of the token in its turn, so that what a row
+samples does not change with its batch or its mesh.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from vstar_jax.batch import Batch
+from vstar_jax.models.qwen2_5_vl import Qwen25VL
+from vstar_jax.models.text import KVCache
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "lengths", "log_probs"], meta_fields=[])
+@dataclass(frozen=True)
+class Completion:
+    """What a turn sampled: tokens int32 [B, M], lengths int32 [B] with the stop token counted, log_probs float32 [B, M].
+
+    log_probs are the policy's own at the sampling temperature (at temperature 1 when decoding greedily), before top-p.
+    Places after a row's length hold zeros.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    log_probs: jax.Array
+
+
+def prefill(model: Qwen25VL, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Appends a batch of prompts (or of next turns) and returns the logits float32 [B, V] after each row's last token."""
+    hidden, cache = model.extend(batch, cache)
+    last = (batch.segments > 0).sum(axis=1) - 1
+    return model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+
+
+def decode(
+    model: Qwen25VL,
+    logits: jax.Array,
+    positions: jax.Array,
+    cache: KVCache,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    limit: int,
+    temperature: float,
+    top_p: float = 1.0,
+) -> tuple[Completion, KVCache]:
+    """Samples until every row has stopped or has `limit` tokens.
+
+    Args:
+        model: the policy.
+        logits: float32 [B, V] after the prompt.
+        positions: int32 [B], the position of the first new token.
+        cache: filled up to the prompt; the new tokens, stop token included, are appended to it.
+        keys: PRNG keys [B].
+        stop_ids: int32 [n]; a row ends with the first of them, which stays in the completion.
+        limit: most new tokens M.
+        temperature: 0 takes the most likely token.
+        top_p: samples from the smallest set of tokens whose probability reaches it.
+    """
+    rows, row_ids = logits.shape[0], jnp.arange(logits.shape[0])
+
+    def more(carry):
+        at, done = carry[0], carry[1]
+        return (at < limit) & ~done.all()
+
+    def step(carry):
+        at, done, logits, positions, cache, completion = carry
+        token, log_prob = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at), temperature, top_p)
+        token, log_prob = jnp.where(done, 0, token), jnp.where(done, 0.0, log_prob)
+        completion = Completion(
+            completion.tokens.at[row_ids, at].set(token),
+            completion.lengths + ~done,
+            completion.log_probs.at[row_ids, at].set(log_prob),
+        )
+        logits, cache = model.decode(token, positions, ~done, cache)
+        return at + 1, done | jnp.isin(token, stop_ids), logits, positions + ~done, cache, completion
+
+    empty = Completion(
+        jnp.zeros((rows, limit), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, limit), jnp.float32)
+    )
+    start = (jnp.int32(0), jnp.zeros(rows, bool), logits, positions, cache, empty)
+    *_, cache, completion = jax.lax.while_loop(more, step, start)
+    return completion, cache
+
+
+def sample(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:
+    """One token int32 [B] from logits [B, V] and its log-probability float32 [B] under the untruncated policy."""
+    log_probs = jax.nn.log_softmax(logits / temperature if temperature else logits)
+    if not temperature:
+        token = jnp.argmax(log_probs, axis=-1)
+    else:
+        token = jax.vmap(jax.random.categorical)(keys, log_probs if top_p == 1.0 else nucleus(log_probs, top_p))
+    return token.astype(jnp.int32), jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+
+
+def nucleus(log_probs: jax.Array, top_p: float) -> jax.Array:
+    """log_probs [B, V] with -inf outside the smallest set of most likely tokens whose probability reaches `top_p`."""
+    ordered = -jnp.sort(-log_probs, axis=-1)
+    before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(log_probs >= least, log_probs, -jnp.inf)

@@ -1,0 +1,113 @@
+"""The device mesh and the one table that maps logical axes to it; no other file names a mesh axis.
+
+A mesh "DxM" has D devices over which the batch and the parameters are split (data parallel and FSDP) and M over which
+heads, feed-forward widths and the vocabulary are split (tensor parallel). A dimension that a mesh axis does not divide
+stays whole, so that two KV heads on eight devices are replicated and not cut.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vstar_jax.errors import UserError
+
+RULES: Mapping[str, str | None] = {
+    "batch": "data",
+    "embed": "data",  # FSDP: the width of every parameter
+    "heads": "model",
+    "kv_heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+}
+"""Logical axis -> mesh axis; an axis that is not listed is never split."""
+
+
+def mesh_shape(text: str) -> tuple[int, int]:
+    """Parses "DxM" into (data, model); UserError when it is not that."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or "0" in match.groups():
+        raise UserError(f"mesh is {text!r}: write DATAxMODEL with two positive numbers, such as 8x1 or 4x2.")
+    return int(match[1]), int(match[2])
+
+
+def simulate_devices(text: str) -> bool:
+    """Asks for as many simulated CPU devices as the mesh needs; call it before JAX starts its backends.
+
+    The count has an effect on the CPU backend alone, and a count that the user chose in XLA_FLAGS stays.
+    """
+    data, model = mesh_shape(text)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if data * model == 1 or "xla_force_host_platform_device_count" in flags:
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={data * model}".strip()
+    return True
+
+
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """A Mesh with axes data and model from "DxM" over `devices` (all of JAX's when not given).
+
+    Raises UserError when there are fewer devices than the mesh needs.
+    """
+    shape = mesh_shape(text)
+    devices = jax.devices() if devices is None else devices
+    need = shape[0] * shape[1]
+    if need > len(devices):
+        raise UserError(
+            f"mesh {text} needs {need} devices and this machine has {len(devices)} ({devices[0].platform}): "
+            f"choose a mesh of at most {len(devices)} devices, or JAX_PLATFORMS=cpu to simulate them."
+        )
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:need])
+
+
+def platform() -> str:
+    """Platform that the program being traced is for: the mesh's, so that it is right when compiling ahead of time."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Logical axis names of an array of `shape` -> PartitionSpec on `mesh`."""
+    names = [RULES.get(a) if a else None for a in axes]
+    return PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to the logical `axes` under the current mesh; without a mesh it returns `x` as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """NamedSharding for every variable of an NNX state, from the axes that it was declared with."""
+
+    def sharding(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        return variable.replace(NamedSharding(mesh, spec(variable.get_metadata("axes"), value.shape, mesh)))
+
+    return jax.tree.map(sharding, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays that lead with the batch: split over data, whole over model."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(tree: Any, mesh: Mesh) -> Any:
+    """Puts host arrays [B, ...] on the mesh, split over data; UserError when B does not divide."""
+    rows, data = jax.tree.leaves(tree)[0].shape[0], mesh.shape["data"]
+    if rows % data:
+        raise UserError(f"a batch of {rows} rows does not split over {data} devices: choose a batch size that {data} divides.")
+    return jax.device_put(jax.tree.map(np.asarray, tree), batch_sharding(mesh))

@@ -1,0 +1,102 @@
+"""The SFT run: batches in, checkpoints and metrics out, interruptible and resumable at any step."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from vstar_jax.batch import Batch
+from vstar_jax.config import Config
+from vstar_jax.errors import UserError
+from vstar_jax.models.qwen2_5_vl import Qwen25VL
+from vstar_jax.sharding import put_batch
+from vstar_jax.training.checkpoint import Checkpointer
+from vstar_jax.training.metrics import MetricsWriter
+from vstar_jax.training.state import TrainState, create_state, make_optimizer, make_train_step
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved; `signal` is the signal's number."""
+
+    def __init__(self, step: int, number: int):
+        super().__init__(f"stopped and saved at step {step}: run the same command again to go on")
+        self.signal = number
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list, so that a step is always finished and saved; a second SIGINT breaks off."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class SftRun:
+    """A finished run: the graph definition, the trained state and how many times the step was compiled."""
+
+    graphdef: Any
+    state: TrainState
+    compilations: int
+
+
+def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Path) -> SftRun:
+    """Trains for `config.sft.steps` steps, going on from the last checkpoint under `run_dir` if there is one.
+
+    batches: a grain iterator of host batches with get_state and set_state. Raises Interrupted after saving when the process
+    is asked to stop, and UserError when the loss is no longer a number or the disk is full.
+    """
+    sft = config.sft
+    optimizer = make_optimizer(sft)
+    with jax.set_mesh(mesh):
+        graphdef, state = create_state(model, optimizer, config.policy.lora, mesh, config.seed)
+        step_fn = make_train_step(graphdef, optimizer, sft, config.data.pack)
+        checkpointer = Checkpointer(run_dir / "checkpoints", sft.keep)
+        if checkpointer.latest() is not None:
+            state, data_state = checkpointer.restore(state)
+            batches.set_state(data_state)
+        first = int(state.step)
+        metrics = MetricsWriter(run_dir, resume_step=first)
+        bar = tqdm(total=sft.steps, initial=first, desc="SFT", unit="step", disable=jax.process_index() != 0)
+        with stop_requests() as stops, bar, metrics:
+            for step in range(first + 1, sft.steps + 1):
+                started = time.perf_counter()
+                batch: Batch = next(batches)
+                waited = time.perf_counter() - started
+                state, device_metrics = step_fn(state, put_batch(batch, mesh))
+                values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+                seconds = time.perf_counter() - started
+                values["sft/tokens_per_s"] = float((batch.segments > 0).sum()) / seconds
+                values["time/step"], values["time/data"] = seconds, waited
+                metrics.write(step, values)
+                bar.set_postfix_str(f"loss {values['sft/loss']:.4f}, {values['sft/tokens_per_s']:.0f} tokens/s")
+                bar.update()
+                if values["sft/loss"] != values["sft/loss"]:
+                    raise UserError(
+                        f"the loss is not a number at step {step}: lower sft.learning_rate or sft.max_grad_norm and start again "
+                        f"from the checkpoint of step {checkpointer.latest() or 0}."
+                    )
+                if step % sft.save_every == 0 or step == sft.steps or stops:
+                    checkpointer.save(state, batches.get_state())
+                if stops:
+                    checkpointer.close()
+                    raise Interrupted(step, stops[0])
+        checkpointer.close()
+    return SftRun(graphdef, state, step_fn._cache_size())

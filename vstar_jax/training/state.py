@@ -1,0 +1,113 @@
+"""What a training run carries from step to step, and the jitted step that updates it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vstar_jax import sharding
+from vstar_jax.batch import Batch
+from vstar_jax.config import LoraConfig, SftConfig
+from vstar_jax.models.lora import trainable
+from vstar_jax.models.qwen2_5_vl import Qwen25VL
+from vstar_jax.objectives.sft import Totals, sft_loss
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "key", "params", "frozen", "optimizer"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """step int32 []; key, from which a step's randomness is folded by its number; params, the NNX state that is trained;
+    frozen, the rest of the model; optimizer, optax's state.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    frozen: Any
+    optimizer: Any
+
+
+def make_optimizer(config: SftConfig) -> optax.GradientTransformation:
+    """AdamW under a linear warm-up and a cosine to zero, after clipping by the global norm."""
+    cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, max(config.steps, config.warmup + 1))
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return cosine(count + 1)  # the first step learns something, the last one comes to rest
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=config.weight_decay, mask=_decayed),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """Weight decay is for matrices: norms and biases are left out."""
+    return jax.tree.map_with_path(lambda path, _: path[-2].key not in ("bias", "weight"), params)
+
+
+def create_state(
+    model: Qwen25VL, optimizer: optax.GradientTransformation, lora: LoraConfig, mesh: Mesh, seed: int
+) -> tuple[Any, TrainState]:
+    """Splits the model in what is trained and what is not, and starts the optimizer in the parameters' own sharding.
+
+    Returns the graph definition, with which `nnx.merge(graphdef, params, frozen)` is the model again, and the state.
+    """
+    graphdef, params, frozen = nnx.split(model, trainable(lora), ...)
+    shapes = jax.eval_shape(optimizer.init, params)
+    shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, s: s,
+        shapes,
+        sharding.state_shardings(params, mesh),
+        transform_non_params=lambda _: sharding.replicated(mesh),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    step, key = jax.device_put((jnp.int32(0), jax.random.key(seed)), sharding.replicated(mesh))
+    return graphdef, TrainState(step, key, params, frozen, opt_state)
+
+
+def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation, config: SftConfig, packed: bool) -> Callable:
+    """The jitted step (state, batch) -> (state, metrics); the state's buffers are donated.
+
+    `accumulate` micro-batches are summed by a scan as (sum, count), so that the step does not depend on how it is split.
+    """
+
+    def loss(params, frozen, batch: Batch):
+        totals = sft_loss(nnx.merge(graphdef, params, frozen), batch, chunk=config.chunk, packed=packed)
+        return totals.loss, totals
+
+    def split(x: jax.Array) -> jax.Array:
+        # Strided, so that every micro-batch lies over all devices.
+        parts = x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
+
+    def train_step(state: TrainState, batch: Batch):
+        def micro(total, part: Batch):
+            (_, totals), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.frozen, part)
+            return jax.tree.map(jnp.add, total, (totals, grads)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = (Totals(zero, zero, zero), jax.tree.map(jnp.zeros_like, state.params))
+        if config.accumulate == 1:
+            (totals, grads), _ = micro(start, batch)
+        else:
+            (totals, grads), _ = jax.lax.scan(micro, start, jax.tree.map(split, batch))
+        count = jnp.maximum(totals.count, 1.0)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "sft/loss": totals.loss / count,
+            "sft/token_accuracy": totals.correct / count,
+            "sft/target_tokens": totals.count,
+            "sft/grad_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, state.key, params, state.frozen, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
