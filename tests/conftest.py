@@ -1,6 +1,22 @@
-"""Tests run on eight simulated CPU devices."""
+"""Tests run on eight simulated CPU devices; set before JAX starts, and inherited by the programs that tests start."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from collections.abc import Callable
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from vstar_jax.sharding import make_mesh
+
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # a host callback that waits for an asynchronous step can hang
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Callable[[str], Mesh]:
+    """Makes a mesh of the simulated devices: mesh("4x2")."""
+    return make_mesh

@@ -11,11 +11,31 @@ from typing import Literal
 import numpy as np
 
 from vstar_jax.batch import PATCH_VALUES, Example
+from vstar_jax.models.config import Architecture, TextArchitecture, VisionArchitecture
 
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 3, 4, 5, 6
 FIRST_TEXT, VOCAB = 8, 256
 TOKENS_PER_SECOND = 2
 WINDOW = 8  # patches along a window's side
+
+ARCHITECTURE = Architecture(
+    text=TextArchitecture(
+        vocab=VOCAB,
+        hidden=64,
+        intermediate=96,
+        layers=2,
+        heads=8,
+        kv_heads=2,
+        head_dim=8,
+        rope_theta=1e4,
+        mrope_section=(1, 1, 2),
+    ),
+    vision=VisionArchitecture(hidden=64, intermediate=80, layers=2, heads=8, full_attention_layers=(1,), out_hidden=64),
+    image_pad=IMAGE_PAD,
+    video_pad=VIDEO_PAD,
+    vision_start=VISION_START,
+)
+"""As small as eight devices on the model axis allow; its two KV heads are fewer than they."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,19 @@
 """One tree of frozen dataclasses is one run; YAML files in configs/ fill it and dotted flags go on top.
 
-The docstrings below are the help of the command line and the config reference of the README.
+The docstrings below are the help of the command line and the config reference of the README. How text becomes a tree
+stands in `vstar_jax.settings`; which trees make sense stands in `check`.
 """
 
+import math
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from vstar_jax import settings
+from vstar_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
 
@@ -160,3 +169,113 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+HELP = "Settings come from files, --config=FILE.yaml (several allowed, later ones win), and from flags on top of them:"
+
+
+def parse(argv: Sequence[str], base: Config | None = None, about: str = "") -> Config:
+    """The configuration that a command line asks for; --help ends the program with code 0, an error with code 2.
+
+    argv: --config=FILE.yaml (several allowed, later ones win) and dotted flags such as --sft.steps=10, which go on top.
+    base: what they change, the defaults when not given. about: opens the help.
+    """
+    config = base or Config()
+    if {"--help", "-h"} & set(argv):
+        print(f"{about}\n\n{HELP}\n{settings.describe(config)}".strip())
+        sys.exit(0)
+    try:
+        files, flags = settings.read_flags(config, argv)
+        for file in files:
+            config = settings.update(config, settings.read_yaml(resolve(file)), str(file))
+        config = settings.update(config, flags, "command line")
+        check(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return config
+
+
+def load(path: str | Path) -> Config:
+    """The configuration of a YAML file, as `save` writes it into a run directory; raises UserError as `parse` prints it."""
+    config = settings.update(Config(), settings.read_yaml(Path(path)), str(path))
+    check(config)
+    return config
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Writes all settings as YAML; the file is replaced as a whole or not at all."""
+    settings.write_yaml(config, Path(path))
+
+
+FREE = ("run_dir", "mesh", "data.dir", "data.threads", "sft.save_every", "sft.keep", "evaluation.")
+
+
+def start_run(config: Config) -> None:
+    """Saves the configuration in its run directory, as config.yaml.
+
+    Raises UserError when the directory already has checkpoints of a run with other settings, for resuming them would give
+    a run that no configuration describes; settings that leave the losses as they are may differ (`FREE`).
+    """
+    run_dir = Path(config.run_dir)
+    path = run_dir / "config.yaml"
+    if path.exists() and any((run_dir / "checkpoints").glob("[0-9]*")):
+        before = {s.key: s.value for s in settings.settings(load(path))}
+        for setting in settings.settings(config):
+            if not setting.key.startswith(FREE) and setting.value != before[setting.key]:
+                raise UserError(
+                    f"{run_dir} holds a run with {setting.key}={before[setting.key]}, but now it is {setting.value}: set it "
+                    "back to resume that run, or choose another run_dir."
+                )
+    save(config, path)
+
+
+def resolve(path: str | Path) -> Path:
+    """A path relative to the working directory, or to the project where only that exists (the shipped defaults)."""
+    path, shipped = Path(path), Path(__file__).resolve().parents[1] / path
+    return shipped if shipped.exists() and not path.exists() else path
+
+
+POSITIVE = (
+    "policy.lora.alpha",
+    "video.min_pixels",
+    "video.max_pixels",
+    "data.clips_per_action",
+    "data.threads",
+    "sft.batch_size",
+    "sft.accumulate",
+    "sft.learning_rate",
+    "sft.max_grad_norm",
+    "sft.chunk",
+    "sft.save_every",
+    "sft.keep",
+    "evaluation.batch_size",
+    "evaluation.max_new_tokens",
+)
+
+
+def check(config: Config) -> None:
+    """Raises UserError, with the key, for a configuration that no run can have."""
+    values = {s.key: s.value for s in settings.settings(config)}
+    for key in POSITIVE:
+        if not values[key] > 0:
+            raise UserError(f"{key} is {values[key]}, but must be greater than 0.")
+    for key, value in values.items():
+        if isinstance(value, int | float) and (not math.isfinite(value) or value < 0):
+            raise UserError(f"{key} is {value}, but must be a finite number that is not negative.")
+    for key in ("data.tokens", "data.patches"):
+        buckets = values[key]
+        if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
+            raise UserError(f"{key} is {list(buckets)}, but must be positive and ascending, such as [256, 512].")
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.mesh):
+        raise UserError(f"mesh is {config.mesh!r}, but must be DATAxMODEL with two positive numbers, such as 8x1 or 4x2.")
+    if config.video.min_pixels > config.video.max_pixels:
+        raise UserError(
+            f"video.min_pixels is {config.video.min_pixels}, but must not exceed video.max_pixels ({config.video.max_pixels})."
+        )
+    if config.video.frames < 2:
+        raise UserError(f"video.frames is {config.video.frames}, but must be at least 2: a temporal patch joins two frames.")
+    if config.data.labels < 2:
+        raise UserError(f"data.labels is {config.data.labels}, but must be at least 2: one label leaves nothing to recognise.")
+    if config.sft.batch_size % config.sft.accumulate:
+        raise UserError(f"sft.accumulate is {config.sft.accumulate}, but must divide sft.batch_size ({config.sft.batch_size}).")

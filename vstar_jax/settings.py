@@ -57,7 +57,7 @@ def update(tree: Tree, values: Mapping[str, Any], source: str) -> Tree:
     known = {s.key: s for s in settings(tree)}
     for key in values:
         if key not in known:
-            raise UserError(f"{source}: there is no setting {key}{_suggestion(key, known)}.")
+            raise UserError(f"{source}: there is no setting {key}{_suggestion(key, known)}")
     return _replace(tree, {key: _coerce(known[key], value, source) for key, value in values.items()})
 
 
@@ -72,11 +72,10 @@ def _replace(tree: Tree, values: Mapping[str, Any]) -> Tree:
 def _suggestion(key: str, known: Mapping[str, Setting]) -> str:
     below = [k for k in known if k.startswith(f"{key}.")]
     if below:
-        return f" that takes a value; it is a group with {', '.join(below)}"
+        return f" with a value of its own, it is a group: set {below[0]} or another of it."
     leaf = key.rpartition(".")[2]
-    same = [k for k in known if k.rpartition(".")[2] == leaf]
-    close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?"[:-1] if close else "; --help lists all settings"
+    close = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {' or '.join(close)}?" if close else ": --help lists all."
 
 
 def type_name(annotation: Any) -> str:
@@ -89,35 +88,23 @@ def type_name(annotation: Any) -> str:
 
 
 def _coerce(setting: Setting, value: Any, source: str) -> Any:
-    """`value` as the setting's type: an integer passes for a number and a list for a tuple, nothing else is converted."""
-
-    def refuse(annotation: Any) -> Any:
-        raise UserError(f"{source}: {setting.key} is {value!r}, but must be {type_name(annotation)}.")
-
-    def convert(annotation: Any, item: Any) -> Any:
-        if get_origin(annotation) is Literal:
-            return item if item in get_args(annotation) else refuse(annotation)
-        if get_origin(annotation) is tuple:
-            element = get_args(annotation)[0]
-            return tuple(convert(element, i) for i in item) if isinstance(item, list | tuple) else refuse(annotation)
-        if annotation is float:
-            return _number(item) if _number(item) is not None else refuse(annotation)
-        return item if type(item) is annotation else refuse(annotation)
-
     try:
-        return convert(setting.type, value)
-    except UserError:
-        return refuse(setting.type)
+        return _convert(setting.type, value)
+    except (TypeError, ValueError):
+        raise UserError(f"{source}: {setting.key} is {value!r}, but must be {type_name(setting.type)}.") from None
 
 
-def _number(value: Any) -> float | None:
-    """A float, also from text: YAML reads 1e-3 (without a point) as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
+def _convert(annotation: Any, value: Any) -> Any:
+    """`value` as the annotated type: an integer passes for a number and a list for a tuple, and nothing else is converted."""
+    if get_origin(annotation) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(value)
+        return tuple(_convert(get_args(annotation)[0], item) for item in value)
+    if annotation is float and not isinstance(value, bool):
+        return float(value)  # also from text, since YAML reads 1e-3 (without a point) as text
+    if value not in get_args(annotation) if get_origin(annotation) is Literal else type(value) is not annotation:
+        raise TypeError(value)
+    return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -203,18 +190,19 @@ def _parse_text(annotation: Any, text: str) -> Any:
 
 def describe(tree: Any) -> str:
     """The settings as the help of a command line."""
-    lines = []
-    for setting in settings(tree):
-        lines.append(f"  --{setting.key}={_text(setting.value)}")
-        lines.append(textwrap.fill(f"{setting.help} ({type_name(setting.type)})", 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    return "\n".join(lines)
+    wrapper = textwrap.TextWrapper(110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(f"  --{s.key}={_text(s.value)}\n{wrapper.fill(f'{s.help} ({type_name(s.type)})')}" for s in settings(tree))
 
 
 def table(tree: Any) -> str:
     """The settings as a Markdown table."""
-    rows = [f"| `{s.key}` | `{_text(s.value)}` | {s.help} |".replace("(q_proj|", "(q_proj\\|") for s in settings(tree)]
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+    rows = [(f"`{s.key}`", f"`{_text(s.value)}`", s.help) for s in settings(tree)]
+    lines = [("setting", "default", "meaning"), ("---",) * 3, *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _text(value: Any) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
+    """A value as a flag takes it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_text, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -111,3 +111,10 @@ def put_batch(tree: Any, mesh: Mesh) -> Any:
     if rows % data:
         raise UserError(f"a batch of {rows} rows does not split over {data} devices: choose a batch size that {data} divides.")
     return jax.device_put(jax.tree.map(np.asarray, tree), batch_sharding(mesh))
+
+
+def announce(mesh: Mesh, simulated: bool) -> None:
+    """Says on which devices the program runs, and whether they are simulated."""
+    devices = list(mesh.devices.flat)
+    kind = f"{len(devices)} {'simulated ' if simulated and devices[0].platform == 'cpu' else ''}{devices[0].device_kind} device(s)"
+    print(f"mesh {mesh.shape['data']}x{mesh.shape['model']} (data x model) on {kind}", flush=True)

@@ -73,6 +73,13 @@ class Architecture:
             raise UserError(f"{file} is not valid JSON ({error}): copy the file of the model again.") from error
         if raw.get("model_type") != "qwen2_5_vl":
             raise UserError(f"{file} is of model_type {raw.get('model_type')!r}: only qwen2_5_vl can be loaded.")
+        try:
+            return cls._from_raw(raw, file)
+        except KeyError as error:
+            raise UserError(f"{file} lacks the key {error}: copy the file of the model again.") from error
+
+    @classmethod
+    def _from_raw(cls, raw: dict[str, Any], file: Path) -> "Architecture":
         text, vision = {**raw, **raw.get("text_config", {})}, raw["vision_config"]
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         fixed = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112}
@@ -93,7 +100,7 @@ class Architecture:
                 rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
                 mrope_section=tuple(rope["mrope_section"]),
                 norm_eps=text["rms_norm_eps"],
-                tie_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+                tie_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
             ),
             vision=VisionArchitecture(
                 hidden=vision["hidden_size"],

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -133,32 +133,35 @@ def load(path: str | Path, config: PolicyConfig, mesh: Mesh) -> Qwen25VL:
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
-def _load_parameter(checkpoint: Checkpoint, key: tuple[str, ...], target: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-    name, leaf = checkpoint_name(key), key[-1]
+def _load_parameter(
+    checkpoint: Checkpoint, key: tuple[str, ...], target: jax.ShapeDtypeStruct, sharding: NamedSharding
+) -> jax.Array:
+    name = checkpoint_name(key)
     if "{}" not in name:
-        array = _checked(checkpoint, name, target.shape, leaf)
-        return jax.jit(lambda x: x.astype(target.dtype), out_shardings=sharding)(jax.device_put(array, sharding))
-    layer = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=sharding)
-    def fill(stack, x, index):
-        return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), index, 0)
-
-    stack = jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=sharding)()
+        return _put(checkpoint, name, key, target.shape, sharding).astype(target.dtype)
+    layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stack = jnp.zeros(target.shape, target.dtype, device=sharding)
     for index in range(target.shape[0]):
-        array = _checked(checkpoint, name.format(index), target.shape[1:], leaf)
-        stack = jax.block_until_ready(fill(stack, jax.device_put(array, layer), index))
+        array = _put(checkpoint, name.format(index), key, target.shape[1:], layer)
+        stack = jax.block_until_ready(_fill(stack, array, index, sharding))
     return stack
 
 
-def _checked(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], leaf: str) -> np.ndarray:
-    tensor = checkpoint.read(name)
-    if tensor.size != math.prod(shape):
+@partial(jax.jit, donate_argnums=0, static_argnames="sharding")
+def _fill(stack: jax.Array, layer: jax.Array, index: jax.Array, sharding: NamedSharding) -> jax.Array:
+    filled = jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
+    return jax.lax.with_sharding_constraint(filled, sharding)
+
+
+def _put(checkpoint: Checkpoint, name: str, key: tuple[str, ...], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """One tensor on the mesh in our layout; its host copy is gone when this returns."""
+    tensor, expected = checkpoint.read(name), their_shape(key, shape)
+    if tensor.shape != expected:
         raise UserError(
-            f"the tensor {name} of {checkpoint.path} has the shape {tensor.shape}, which does not fit the {shape} of config.json: "
+            f"the tensor {name} of {checkpoint.path} has the shape {tensor.shape} where config.json asks for {expected}: "
             "use the config.json that belongs to these weights."
         )
-    return to_ours(tensor, shape, leaf)
+    return jax.block_until_ready(jax.device_put(to_ours(tensor, shape, key[-1]), sharding))
 
 
 def tensors(model: Qwen25VL) -> Iterator[tuple[str, np.ndarray]]:
@@ -170,13 +173,14 @@ def tensors(model: Qwen25VL) -> Iterator[tuple[str, np.ndarray]]:
         if isinstance(variable, LoraParam):
             raise ValueError("merge the LoRA adapters (models.lora.merge) before exporting the model")
         name, leaf, value = checkpoint_name(key), key[-1], variable.get_value()
-        layers = range(value.shape[0]) if "{}" in name else [None]
-        for index in layers:
-            array = np.asarray(value if index is None else value[index])
-            yield name.format(index), to_theirs(array, _their_shape(key, array.shape), leaf)
+        stacked = "{}" in name
+        for index in range(value.shape[0] if stacked else 1):
+            array = np.asarray(jax.lax.dynamic_index_in_dim(value, index, keepdims=False) if stacked else value)
+            yield name.format(index), to_theirs(array, their_shape(key, array.shape), leaf)
 
 
-def _their_shape(key: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+def their_shape(key: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the checkpoint of a parameter (of one layer of it) that has `shape` here."""
     module, leaf = key[-2], key[-1]
     if module == "patch_embed":
         return (shape[-1], 3, 2, 14, 14)
@@ -191,24 +195,40 @@ def _their_shape(key: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
 def save(model: Qwen25VL, path: str | Path, like: str | Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a directory that Hugging Face transformers loads; nothing half-written stays under `path`.
 
-    like: a model directory whose tokenizer, chat template and processor files are copied along, config.json included.
-    Raises UserError when `path` exists.
+    like: a model directory of the same architecture, whose config.json, tokenizer, chat template and processor files are
+    copied along. Raises UserError when `path` exists or cannot be written, and when `like` is another model.
     """
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already: give a directory that does not.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        target = Path(temporary) / path.name
-        target.mkdir()
-        if like is not None:
-            for file in sorted(Path(like).iterdir()):
-                if file.is_file() and file.suffix not in (".safetensors", ".md") and file.name != "model.safetensors.index.json":
-                    shutil.copy2(file, target / file.name)
-        if not (target / "config.json").exists():
-            (target / "config.json").write_text(json.dumps(model.architecture.to_hf(), indent=2) + "\n")
-        _write_shards(model, target, shard_bytes)
-        target.rename(path)
+    if like is not None and Architecture.from_hf(like) != model.architecture:
+        raise UserError(f"the config.json of {like} describes another model than the one to save: give the directory it came from.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            target = Path(temporary) / path.name
+            target.mkdir()
+            if like is not None:
+                _copy_companions(Path(like), target)
+            _write_config(model, target / "config.json")
+            _write_shards(model, target, shard_bytes)
+            target.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the model cannot be written to {path} ({error}): free space there or give another directory.") from error
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in (".safetensors", ".md") and file.name != "model.safetensors.index.json":
+            shutil.copyfile(file, target / file.name)
+
+
+def _write_config(model: Qwen25VL, file: Path) -> None:
+    """config.json with the type of the parameters, which transformers would otherwise cast to the type written there."""
+    raw = json.loads(file.read_text()) if file.exists() else model.architecture.to_hf()
+    raw.pop("dtype", None)
+    raw["torch_dtype"] = model.text.embedding.get_value().dtype.name
+    file.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def _write_shards(model: Qwen25VL, target: Path, shard_bytes: int) -> None:

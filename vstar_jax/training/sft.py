@@ -14,20 +14,12 @@ from tqdm import tqdm
 
 from vstar_jax.batch import Batch
 from vstar_jax.config import Config
-from vstar_jax.errors import UserError
+from vstar_jax.errors import Interrupted, UserError
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.sharding import put_batch
 from vstar_jax.training.checkpoint import Checkpointer
 from vstar_jax.training.metrics import MetricsWriter
 from vstar_jax.training.state import TrainState, create_state, make_optimizer, make_train_step
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved; `signal` is the signal's number."""
-
-    def __init__(self, step: int, number: int):
-        super().__init__(f"stopped and saved at step {step}: run the same command again to go on")
-        self.signal = number
 
 
 @contextmanager

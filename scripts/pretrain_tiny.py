@@ -1,0 +1,28 @@
+"""Makes StickMotion's base model from nothing: the miniature's counterpart of Qwen2.5-VL-Instruct.
+
+It learns to name moves on clean clips and to look up freshly named actions in text, in other words than the dialogues of
+SFT and on other combinations of moves than StickMotion's actions. Interrupt it and start it again as you like.
+"""
+
+import argparse
+from pathlib import Path
+
+from vstar_jax.errors import run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="vstar_jax/assets/stick-motion-base", help="model directory to write")
+    parser.add_argument("--work", default="runs/pretrain", help="run directory: clips, checkpoints, metrics")
+    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps")
+    parser.add_argument("--clips", type=int, default=6000, help="clips drawn before training")
+    parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    arguments = parser.parse_args()
+
+    from vstar_jax.training.pretrain import pretrain
+
+    pretrain(Path(arguments.out), Path(arguments.work), arguments.steps, arguments.clips, arguments.seed)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,22 @@
+"""Trains a policy as a config says and measures it on held-out clips: see --help and configs/."""
+
+import sys
+
+from vstar_jax import sharding
+from vstar_jax.config import parse
+from vstar_jax.errors import run_script
+
+
+def main() -> None:
+    config = parse(sys.argv[1:])
+    simulated = sharding.simulate_devices(config.mesh)
+
+    from vstar_jax.training.job import run
+
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.announce(mesh, simulated)
+    run(config, mesh)
+
+
+if __name__ == "__main__":
+    run_script(main)

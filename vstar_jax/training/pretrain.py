@@ -1,0 +1,67 @@
+"""Makes StickMotion's base model: a tokenizer, random weights, and one SFT run on perception and look-up.
+
+The examples come from `data.stick_motion.pretraining`; the run is `training.sft`, so it shows progress and resumes.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vstar_jax import sharding
+from vstar_jax.config import Config, DataConfig, PolicyConfig, SftConfig
+from vstar_jax.data.chat import Chat
+from vstar_jax.data.pipeline import train_batches
+from vstar_jax.data.stick_motion import tokenizer
+from vstar_jax.data.stick_motion.pretraining import Lessons
+from vstar_jax.models import hf
+from vstar_jax.models.config import TINY, Architecture
+from vstar_jax.models.qwen2_5_vl import create
+from vstar_jax.training.sft import train
+
+
+def blank_model(directory: Path, seed: int) -> None:
+    """A model directory with the tiny architecture, random weights and StickMotion's tokenizer."""
+    if directory.exists():
+        return
+    staging = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    ids = tokenizer.build(staging)
+    vocab = -(-ids.size // 64) * 64
+    architecture = replace(
+        TINY,
+        text=replace(TINY.text, vocab=vocab),
+        image_pad=ids.image_pad,
+        video_pad=ids.video_pad,
+        vision_start=ids.vision_start,
+    )
+    (staging / "config.json").write_text(json.dumps(architecture.to_hf(), indent=2) + "\n")
+    hf.save(create(architecture, PolicyConfig(), seed), directory, like=staging)
+    shutil.rmtree(staging)
+
+
+def pretrain(out: Path, work: Path, steps: int, clips: int, seed: int) -> None:
+    """Trains for `steps` steps in `work` (resuming there) and writes the model to `out` in bfloat16."""
+    blank = work / "blank"
+    work.mkdir(parents=True, exist_ok=True)
+    blank_model(blank, seed)
+    config = Config(
+        seed=seed,
+        run_dir=str(work),
+        policy=PolicyConfig(path=str(blank)),
+        data=DataConfig(tokens=(256,), patches=(128,), pack=True),
+        sft=SftConfig(steps=steps, batch_size=32, learning_rate=2e-3, warmup=100, save_every=100),
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    chat = Chat(blank, config.video)
+    lessons = Lessons(chat, config.video, work / "clips", clips, seed)
+    model = hf.load(blank, config.policy, mesh)
+    run = train(model, train_batches(lessons, lessons.example, config), config, mesh, work)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), run.state.params)
+    model = nnx.merge(run.graphdef, params, run.state.frozen)
+    hf.save(model, out, like=blank)
+    print(f"wrote {out}: {Architecture.from_hf(out).text.layers} decoder layers, now write its model card from {work}/metrics.jsonl")
