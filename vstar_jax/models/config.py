@@ -51,8 +51,8 @@ class Architecture:
 
     @classmethod
     def preset(cls, name: str) -> "Architecture":
-        """The released sizes by name: tiny, 3b, 7b; `tiny` is what StickMotion's base model has."""
-        presets = {"tiny": TINY, "3b": cls(), "7b": SEVEN_B}
+        """A size by name: tiny is StickMotion's base model, small and medium are for benchmarks, 3b and 7b were released."""
+        presets = {"tiny": TINY, "small": SMALL, "medium": MEDIUM, "3b": cls(), "7b": SEVEN_B}
         if name not in presets:
             raise UserError(f"there is no model preset {name!r}: choose one of {', '.join(presets)}.")
         return presets[name]
@@ -174,3 +174,35 @@ TINY = Architecture(
     video_pad=6,
     vision_start=3,
 )
+
+
+def _miniature(hidden: int, layers: int, vocab: int) -> Architecture:
+    """The proportions of the 3B model at another width: heads of 64, twice as many as KV heads, windows but in one of three."""
+    heads = hidden // 64
+    return Architecture(
+        text=TextArchitecture(
+            vocab=vocab,
+            hidden=hidden,
+            intermediate=4 * hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=heads // 2,
+            head_dim=64,
+            mrope_section=(8, 12, 12),
+        ),
+        vision=VisionArchitecture(
+            hidden=hidden,
+            intermediate=3 * hidden,
+            layers=layers,
+            heads=heads,
+            full_attention_layers=tuple(range(2, layers, 3)),
+            out_hidden=hidden,
+        ),
+        image_pad=5,
+        video_pad=6,
+        vision_start=3,
+    )
+
+
+SMALL = _miniature(hidden=256, layers=6, vocab=4096)
+MEDIUM = _miniature(hidden=512, layers=6, vocab=4096)

@@ -17,8 +17,12 @@ def linears(model: nnx.Module) -> dict[str, Linear]:
 
 
 def add(model: Qwen25VL, config: LoraConfig, seed: int) -> None:
-    """Adds adapters to every linear layer whose path `config.pattern` matches; UserError when none does."""
-    found = [module for path, module in linears(model).items() if re.search(config.pattern, path)]
+    """Adds adapters to every linear layer whose path `config.pattern` matches; UserError when none does or it is no pattern."""
+    try:
+        pattern = re.compile(config.pattern)
+    except re.error as error:
+        raise UserError(f"policy.lora.pattern {config.pattern!r} is no regular expression ({error}): correct it.") from error
+    found = [module for path, module in linears(model).items() if pattern.search(path)]
     if not found:
         raise UserError(f"policy.lora.pattern {config.pattern!r} matches no layer: the layers are {', '.join(linears(model))}.")
     rngs = nnx.Rngs(params=seed)

@@ -33,15 +33,14 @@ def attend_in_groups(q: jax.Array, k: jax.Array, v: jax.Array, groups: Groups) -
     if groups.index is None:
         q, k, v = (x.reshape(-1, groups.size, heads, dim) for x in (q, k, v))
         return attention(q, k, v).reshape(rows, count, heads, dim)
-    index = groups.index.reshape(rows, -1)
+    index = jnp.asarray(groups.index).reshape(rows, -1)
 
     def gather(x):
         return jnp.take_along_axis(x, index[:, :, None, None], axis=1, mode="fill", fill_value=0)
 
     q, k, v = (gather(x).reshape(-1, groups.size, heads, dim) for x in (q, k, v))
-    valid = (groups.index < count).reshape(-1, groups.size)
     # A group that is all padding keeps its first key, so that its softmax is defined.
-    valid = valid.at[:, 0].set(True)
+    valid = (index < count).reshape(-1, groups.size) | (jnp.arange(groups.size) == 0)
     out = attention(q, k, v, valid=valid).reshape(rows, -1, heads, dim)
     scatter = jax.vmap(lambda to, at, x: to.at[at].set(x, mode="drop", unique_indices=False))
     return scatter(jnp.zeros((rows, count, heads, dim), out.dtype), index, out)

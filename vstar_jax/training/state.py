@@ -99,14 +99,14 @@ def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation, conf
         else:
             (totals, grads), _ = jax.lax.scan(micro, start, jax.tree.map(split, batch))
         count = jnp.maximum(totals.count, 1.0)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "sft/loss": totals.loss / count,
             "sft/token_accuracy": totals.correct / count,
             "sft/target_tokens": totals.count,
-            "sft/grad_norm": optax.global_norm(grads),
+            "sft/grad_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, state.key, params, state.frozen, opt_state), metrics
 
