@@ -1,7 +1,5 @@
 """Attention against its formula in numpy, for every mask that the model uses, and over groups of patches."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,9 +79,7 @@ def test_groups_given_by_index_equal_groups_in_order():
     q, k, v, weight = arrays(*[(B, 12, N, D)] * 4)
     whole = Groups(None, 4)
     listed = Groups(np.broadcast_to(np.arange(12, dtype=np.int32).reshape(3, 4), (B, 3, 4)), 4)
-    np.testing.assert_allclose(
-        attend_in_groups(q, k, v, listed), attend_in_groups(q, k, v, whole), rtol=0, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(attend_in_groups(q, k, v, listed), attend_in_groups(q, k, v, whole), rtol=0, atol=TOLERANCE)
     for ours, theirs in zip(gradients(listed, q, k, v, weight), gradients(whole, q, k, v, weight), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
@@ -121,7 +117,13 @@ def test_the_tpu_kernel_equals_the_formula(monkeypatch):
     """Pallas interprets the kernel here; on a TPU it is compiled."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    monkeypatch.setattr(splash, "make_splash_mha", partial(splash.make_splash_mha, interpret=True))
+    make, made = splash.make_splash_mha, []
+
+    def interpreted(*arguments, **options):
+        made.append(options)
+        return make(*arguments, **options, interpret=True)
+
+    monkeypatch.setattr(splash, "make_splash_mha", interpreted)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     length, dim = SPLASH_BLOCK, 128
     q, k, v = arrays((2, length, 4, dim), (2, length, 2, dim), (2, length, 2, dim))
@@ -135,3 +137,4 @@ def test_the_tpu_kernel_equals_the_formula(monkeypatch):
     with jax.set_mesh(sharding.make_mesh("2x4")):
         split = jax.jit(lambda *x: attention(*x, causal=True, segments=segments))(q, k, v)
     np.testing.assert_allclose(split, packed, rtol=0, atol=TOLERANCE)
+    assert len(made) == 3

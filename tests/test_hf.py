@@ -259,10 +259,9 @@ print(sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))))
 def sparse_checkpoint(path: Path) -> tuple[int, int]:
     """Zeros in bfloat16 as files with holes, written in no time; returns the bytes of all and of the largest tensor."""
     tiny = Architecture.preset("tiny")
-    text = replace(
-        tiny.text, vocab=16384, hidden=2048, intermediate=16384, layers=9, heads=16, kv_heads=2, head_dim=128, tie_embeddings=False
-    )
-    architecture = replace(tiny, text=replace(text, mrope_section=(16, 24, 24)), vision=replace(tiny.vision, out_hidden=2048))
+    wide = dict(vocab=16384, hidden=2048, intermediate=16384, layers=9, heads=16, kv_heads=2, head_dim=128)
+    text = replace(tiny.text, **wide, tie_embeddings=False, mrope_section=(16, 24, 24))
+    architecture = replace(tiny, text=text, vision=replace(tiny.vision, out_hidden=2048))
     path.mkdir()
     (path / "config.json").write_text(json.dumps(architecture.to_hf()))
     shapes = {}

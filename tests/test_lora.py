@@ -52,7 +52,10 @@ def randomise(model: Qwen25VL) -> None:
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
-        (LoraConfig().pattern, {f"text/layers/{p}_proj" for p in "qkvo"} | {f"text/layers/mlp/{p}_proj" for p in ("gate", "up", "down")}),
+        (
+            LoraConfig().pattern,
+            {f"text/layers/{p}_proj" for p in "qkvo"} | {f"text/layers/mlp/{p}_proj" for p in ("gate", "up", "down")},
+        ),
         ("visual/blocks/(qkv|proj)$", {"visual/blocks/qkv", "visual/blocks/proj"}),
         ("merger", {"visual/merger_in", "visual/merger_out"}),
     ],

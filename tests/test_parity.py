@@ -195,7 +195,11 @@ def test_greedy_decoding_of_text_equals_hugging_face_generate(pair):
     row = d.dialogue(np.random.default_rng(3), 10)
     inputs = reference.torch_inputs([row])
     tokens = theirs.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, max_new_tokens=10, pad_token_id=0
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        do_sample=False,
+        max_new_tokens=10,
+        pad_token_id=0,
     )
     np.testing.assert_array_equal(greedy(ours, [row], 10)[0], tokens[0, 10:].numpy())
 

@@ -28,6 +28,7 @@ from vstar_jax.training.state import create_state, make_train_step
 TOLERANCE = 1e-5  # relative, float32: devices add the same numbers up in another order
 BF16_TOLERANCE = 2e-2  # bfloat16 keeps 8 bits, and a loss averages over many roundings
 
+TOKENS, CHUNK = 24, 8
 MESHES = ("8x1", "4x2", "2x4", "1x8")
 
 SPLIT = {
@@ -60,6 +61,7 @@ SPLIT = {
 }
 """Which axis splits which dimension; what is not here (norms) is whole everywhere."""
 
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 KV = re.compile(r"text\.layers\.[kv]_proj")
 
 
@@ -81,7 +83,7 @@ def model_and_batch(policy: PolicyConfig) -> tuple[Any, Any, Batch]:
     rows = [[d.dialogue(rng, 3, d.clip(rng, "video", 2, 4, 4), 3 + row).example] for row in range(8)]
     graphdef, weights = nnx.split(create(d.ARCHITECTURE, policy, 0))
     # On the host, since a train step donates what it is given.
-    return graphdef, jax.device_get(weights), collate(rows, (24,), (32,))
+    return graphdef, jax.device_get(weights), collate(rows, (TOKENS,), (32,))
 
 
 def flat(state: Any) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def step_on(mesh_text: str, policy: PolicyConfig = PolicyConfig(), accumulate: i
         model = nnx.merge(graphdef, jax.device_put(weights, state_shardings(weights, mesh)))
         optimizer = optax.trace(decay=0.0)
         graphdef, state = create_state(model, optimizer, LoraConfig(), mesh, 0)
-        step = make_train_step(graphdef, optimizer, SftConfig(chunk=8, accumulate=accumulate), False)
+        step = make_train_step(graphdef, optimizer, SftConfig(chunk=CHUNK, accumulate=accumulate), False)
         placed = put_batch(batch, mesh)
         compiled = step.lower(state, placed).compile()
         params = flat(state.params)
@@ -117,7 +119,7 @@ def step_on(mesh_text: str, policy: PolicyConfig = PolicyConfig(), accumulate: i
 def collectives(hlo: str) -> Iterator[tuple[str, int, str]]:
     """(kind, devices in a group, result) of every collective that crosses devices, in the notations that XLA prints."""
     for line in hlo.splitlines():
-        found = re.search(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
+        found = COLLECTIVE.search(line)
         if not found:
             continue
         if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line):
@@ -217,6 +219,18 @@ def test_a_mixed_mesh_gathers_over_data_and_sums_over_both(mesh):
     assert kinds & {("all-reduce", data), ("reduce-scatter", data)}
 
 
+def test_the_vocabulary_is_gathered_and_its_gradient_summed_outside_the_loop_over_chunks():
+    """Inside, the largest parameter would cross the network once a chunk."""
+    architecture = d.ARCHITECTURE.text
+    assert CHUNK < TOKENS  # there is a loop
+    for mesh in ("8x1", "4x2", "2x4"):
+        vocab = architecture.vocab // mesh_shape(mesh)[1]
+        lines = [line for line in step_on(mesh).hlo.splitlines() if COLLECTIVE.search(line)]
+        large = [line for line in lines if f"f32[{vocab},{architecture.hidden}]" in line]
+        assert large
+        assert not [line for line in large if "/while/body" in line]
+
+
 def test_micro_batches_add_up_to_the_batch():
     one, parts = step_on("1x1"), step_on("2x1", accumulate=4)
     assert parts.loss == pytest.approx(one.loss, rel=TOLERANCE)
@@ -233,7 +247,7 @@ def test_bfloat16_stays_near_float32(param_dtype):
 
 
 def test_heads_that_the_model_axis_does_not_divide_are_refused():
-    with pytest.raises(UserError, match="8 text attention heads, which 3 devices .* M divides 8"):
+    with pytest.raises(UserError, match=r"8 text attention heads, which 3 devices .* M divides 8"):
         check_mesh(d.ARCHITECTURE, make_mesh("1x3"))
     odd = replace(d.ARCHITECTURE, vision=replace(d.ARCHITECTURE.vision, heads=4))
     with pytest.raises(UserError, match="4 vision attention heads"):

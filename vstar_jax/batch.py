@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 PATCH_VALUES = 3 * 2 * 14 * 14  # channels, temporal patch, patch height, patch width
+Array = jax.Array | np.ndarray  # on a device, under jit, or still on the host
 MERGE = 4  # patches that the merger joins into one visual token (2 x 2)
 
 
@@ -47,7 +48,7 @@ class Groups:
     reshape), else int32 [B, N, size] of patch numbers, where P marks an empty slot.
     """
 
-    index: jax.Array | np.ndarray | None
+    index: Array | None
     size: int
 
 
@@ -56,8 +57,8 @@ class Groups:
 class Vision:
     """The pictures of a batch: patches uint8 [B, P, 1176], patch_hw int32 [B, P, 2], windows and frames as `Groups`."""
 
-    patches: jax.Array | np.ndarray
-    patch_hw: jax.Array | np.ndarray
+    patches: Array
+    patch_hw: Array
     windows: Groups
     frames: Groups
 
@@ -76,11 +77,11 @@ class Batch:
     or None when no row has a picture.
     """
 
-    tokens: jax.Array | np.ndarray
-    positions: jax.Array | np.ndarray
-    segments: jax.Array | np.ndarray
-    loss_mask: jax.Array | np.ndarray
-    visual_index: jax.Array | np.ndarray
+    tokens: Array
+    positions: Array
+    segments: Array
+    loss_mask: Array
+    visual_index: Array
     vision: Vision | None
 
 

@@ -33,9 +33,7 @@ TOLERANCE = 1e-3  # relative; float32 sums in another order differ by some 1e-6,
 CHECKED_STEPS = 2  # the loss of the second one has gone through gradients, clipping and AdamW
 SFT = SftConfig(learning_rate=1e-4, warmup=0, steps=1_000_000)  # so long a cosine that the rate is constant
 GRID = (8, 4, 4)  # temporal patches, rows and columns of a clip of 16 frames of 56 x 56: one window a frame
-CLIPS = 2  # of a dialogue: the raw one and the annotated one
-TEXT = 320  # tokens of a dialogue that are text
-TARGETS = 160  # how many of them, the last ones, are learned
+RUNS = (120, 38, 160)  # tokens of text before, between and after the clips; the last run is learned
 
 
 @dataclass(frozen=True)
@@ -94,4 +92,42 @@ class Ours:
     def step(self) -> float:
         """One step; the loss before the update."""
         self.state, metrics = self.compiled(self.state, self.batch)
-        return float(jax.block_until_ready(metrics)["sft/loss"])
+        jax.block_until_ready(self.state)
+        return float(metrics["sft/loss"])
+
+
+def dialogue(rng: np.random.Generator, architecture: Architecture) -> Example:
+    """Random text around two clips of noise, in the shape of a StickMotion dialogue: the raw clip, then the annotated one."""
+    where = np.indices(GRID).reshape(3, GRID[0], GRID[1] // 2, 2, GRID[2] // 2, 2).transpose(1, 2, 4, 3, 5, 0).reshape(-1, 3)
+    visual = len(where) // MERGE
+    tokens, positions, index = [], [], []
+    start = 0
+
+    def text(ids: np.ndarray) -> None:
+        nonlocal start
+        tokens.append(ids)
+        positions.append(np.repeat(start + np.arange(len(ids))[:, None], 3, axis=1))
+        index.append(np.full(len(ids), -1))
+        start += len(ids)
+
+    clips = len(RUNS) - 1
+    for number, length in enumerate(RUNS):
+        text(rng.integers(8, 1000, length))
+        if number < clips:
+            text(np.asarray([architecture.vision_start]))
+            tokens.append(np.full(visual, architecture.video_pad))
+            positions.append(start + where[::MERGE] // (1, 2, 2) * (architecture.tokens_per_second, 1, 1))
+            index.append(number * visual + np.arange(visual))
+            start = int(positions[-1].max()) + 1
+    length = sum(map(len, tokens))
+    frames = np.concatenate([number * GRID[0] + where[:, 0] for number in range(clips)]).astype(np.int32)
+    return Example(
+        tokens=np.concatenate(tokens).astype(np.int32),
+        positions=np.concatenate(positions).astype(np.int32),
+        loss_mask=np.arange(length) >= length - RUNS[-1],
+        visual_index=np.concatenate(index).astype(np.int32),
+        patches=rng.integers(0, 256, (clips * len(where), PATCH_VALUES), dtype=np.uint8),
+        patch_hw=np.tile(where[:, 1:], (clips, 1)).astype(np.int32),
+        window_id=frames,
+        frame_id=frames,
+    )

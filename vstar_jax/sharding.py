@@ -7,7 +7,7 @@ stays whole, so that two KV heads on eight devices are replicated and not cut.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,6 +85,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def sum_over_data(function: Callable[[Any, Any], Any], shared: Any, rows: Any) -> Any:
+    """The sum over the data axis of `function(shared, rows)`, each device with its own rows [B, ...] of the batch.
+
+    For functions that scan over their rows: `shared` is gathered once before and its gradient summed once after, where
+    the compiler alone does both in every iteration.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1 or jax.tree.leaves(rows)[0].shape[0] % mesh.shape["data"]:
+        return function(shared, rows)
+
+    def local(shared: Any, rows: Any) -> Any:
+        shared = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), shared)
+        return jax.lax.psum(function(shared, rows), "data")
+
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"})(shared, rows)
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """NamedSharding for every variable of an NNX state, from the axes that it was declared with."""
 
@@ -116,5 +134,7 @@ def put_batch(tree: Any, mesh: Mesh) -> Any:
 def announce(mesh: Mesh, simulated: bool) -> None:
     """Says on which devices the program runs, and whether they are simulated."""
     devices = list(mesh.devices.flat)
-    kind = f"{len(devices)} {'simulated ' if simulated and devices[0].platform == 'cpu' else ''}{devices[0].device_kind} device(s)"
+    kind = (
+        f"{len(devices)} {'simulated ' if simulated and devices[0].platform == 'cpu' else ''}{devices[0].device_kind} device(s)"
+    )
     print(f"mesh {mesh.shape['data']}x{mesh.shape['model']} (data x model) on {kind}", flush=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from vstar_jax import sharding
+from vstar_jax.batch import Array
 
 SPLASH_BLOCK = 128
 
@@ -19,9 +20,9 @@ def attention(
     v: jax.Array,
     *,
     causal: bool = False,
-    q_slots: jax.Array | None = None,
-    segments: jax.Array | None = None,
-    valid: jax.Array | None = None,
+    q_slots: Array | None = None,
+    segments: Array | None = None,
+    valid: Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v with grouped heads; softmax in float32.
 
@@ -58,7 +59,7 @@ def _mask(q_slots, segments, valid, keys: int) -> jax.Array | None:
     return mask
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: Array | None) -> jax.Array:
     """The Pallas kernel for TPU, causal, run by each device on its own rows and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

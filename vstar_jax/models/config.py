@@ -47,7 +47,7 @@ class Architecture:
     image_pad: int = 151655
     video_pad: int = 151656
     vision_start: int = 151652
-    tokens_per_second: float = 2.0
+    tokens_per_second: int = 2
 
     @classmethod
     def preset(cls, name: str) -> "Architecture":
@@ -158,18 +158,22 @@ class Architecture:
 
 
 SEVEN_B = Architecture(
-    text=TextArchitecture(
-        vocab=152064, hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, tie_embeddings=False
-    ),
+    text=TextArchitecture(vocab=152064, hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, tie_embeddings=False),
     vision=VisionArchitecture(out_hidden=3584),
 )
 TINY = Architecture(
     text=TextArchitecture(
-        vocab=1024, hidden=128, intermediate=384, layers=4, heads=4, kv_heads=2, head_dim=32, rope_theta=1e4, mrope_section=(4, 6, 6)
+        vocab=1024,
+        hidden=128,
+        intermediate=384,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        rope_theta=1e4,
+        mrope_section=(4, 6, 6),
     ),
-    vision=VisionArchitecture(
-        hidden=128, intermediate=384, layers=3, heads=4, full_attention_layers=(2,), out_hidden=128
-    ),
+    vision=VisionArchitecture(hidden=128, intermediate=384, layers=3, heads=4, full_attention_layers=(2,), out_hidden=128),
     image_pad=5,
     video_pad=6,
     vision_start=3,

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +102,9 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the type it has in the file."""
         if name not in self.where:
-            raise UserError(f"{self.path} lacks the tensor {name}: the download is incomplete or config.json is another model's.")
+            raise UserError(
+                f"{self.path} lacks the tensor {name}: the download is incomplete or config.json is another model's."
+            )
         file, stored = self.where[name]
         with safe_open(file, "np") as opened:
             return opened.get_tensor(stored)
@@ -128,7 +129,7 @@ def load(path: str | Path, config: PolicyConfig, mesh: Mesh) -> Qwen25VL:
     loaded = []
     for key, variable in nnx.to_flat_state(state):
         sharding = shardings[key].get_value()
-        value = _load_parameter(checkpoint, key, variable.get_value(), sharding)
+        value = _load_parameter(checkpoint, tuple(map(str, key)), variable.get_value(), sharding)
         loaded.append((key, variable.replace(value)))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
@@ -169,7 +170,8 @@ def tensors(model: Qwen25VL) -> Iterator[tuple[str, np.ndarray]]:
 
     Raises ValueError when the model has unmerged adapters.
     """
-    for key, variable in nnx.to_flat_state(nnx.state(model)):
+    for names, variable in nnx.to_flat_state(nnx.state(model)):
+        key = tuple(map(str, names))
         if isinstance(variable, LoraParam):
             raise ValueError("merge the LoRA adapters (models.lora.merge) before exporting the model")
         name, leaf, value = checkpoint_name(key), key[-1], variable.get_value()
@@ -202,7 +204,9 @@ def save(model: Qwen25VL, path: str | Path, like: str | Path | None = None, shar
     if path.exists():
         raise UserError(f"{path} exists already: give a directory that does not.")
     if like is not None and Architecture.from_hf(like) != model.architecture:
-        raise UserError(f"the config.json of {like} describes another model than the one to save: give the directory it came from.")
+        raise UserError(
+            f"the config.json of {like} describes another model than the one to save: give the directory it came from."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
@@ -214,7 +218,9 @@ def save(model: Qwen25VL, path: str | Path, like: str | Path | None = None, shar
             _write_shards(model, target, shard_bytes)
             target.rename(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the model cannot be written to {path} ({error}): free space there or give another directory.") from error
+        raise UserError(
+            f"the model cannot be written to {path} ({error}): free space there or give another directory."
+        ) from error
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -53,7 +53,8 @@ class Linear(nnx.Module):
         std = 1 / math.sqrt(math.prod(inputs))
         self.kernel = parameter(rngs, (*inputs, *outputs), axes, param_dtype, std, stack)
         self.bias = parameter(rngs, outputs, axes[len(inputs) :], param_dtype, None, stack) if bias else None
-        self.lora_a = self.lora_b = nnx.data(None)
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 0.0
 
     def add_lora(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -65,13 +66,15 @@ class Linear(nnx.Module):
         self.lora_scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        lead = x.ndim - len(self.inputs)
+        shape, x = x.shape[:lead], x.reshape(-1, *self.inputs)
         y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), len(self.inputs))
         if self.bias is not None:
             y += self.bias[...].astype(self.dtype)
         if self.lora_a is not None:
             low = jnp.tensordot(x, self.lora_a[...].astype(self.dtype), len(self.inputs))
             y += self.lora_scale * jnp.tensordot(low, self.lora_b[...].astype(self.dtype), 1)
-        return y
+        return y.reshape(*shape, *self.outputs)
 
 
 class RMSNorm(nnx.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vstar_jax.batch import Batch, Vision
+from vstar_jax.batch import Array, Batch, Vision
 from vstar_jax.config import PolicyConfig
 from vstar_jax.errors import UserError
 from vstar_jax.models.config import Architecture
@@ -33,7 +33,7 @@ class Qwen25VL(nnx.Module):
         """Visual tokens [B, P / 4, D] of a batch's pictures."""
         return self.visual(vision)
 
-    def embed(self, tokens: jax.Array, visual_index: jax.Array, visual: jax.Array | None) -> jax.Array:
+    def embed(self, tokens: Array, visual_index: Array, visual: jax.Array | None) -> jax.Array:
         """Token embeddings [B, S, D], with visual[b, visual_index[b, s]] where the index is not -1."""
         x = self.text.embed(tokens)
         if visual is None:

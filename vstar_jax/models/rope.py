@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vstar_jax.batch import Array
+
 
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     """float32 [dim / 2]: theta ** (-2i / dim)."""
     return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
 
 
-def mrope(positions: jax.Array, head_dim: int, theta: float, sections: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+def mrope(positions: Array, head_dim: int, theta: float, sections: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """cos and sin float32 [B, S, head_dim / 2] from positions int32 [B, S, 3].
 
     The half-dimensions are split in three consecutive sections that turn with time, height and width (Qwen2-VL, section
@@ -23,7 +25,7 @@ def mrope(positions: jax.Array, head_dim: int, theta: float, sections: Sequence[
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def axial(rows_and_columns: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def axial(rows_and_columns: Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin float32 [B, P, head_dim / 2] from int32 [B, P, 2]: rows turn the first half, columns the second."""
     angles = rows_and_columns.astype(jnp.float32)[..., None] * inverse_frequencies(head_dim // 2, 10000.0)
     angles = angles.reshape(*angles.shape[:-2], head_dim // 2)

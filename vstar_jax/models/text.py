@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vstar_jax.batch import Array
 from vstar_jax.models import rope
 from vstar_jax.models.attention import attention
 from vstar_jax.models.config import TextArchitecture
@@ -77,7 +78,7 @@ class TextModel(nnx.Module):
         head = dict(dtype=dtype, **options)
         self.lm_head = None if cfg.tie_embeddings else Linear((cfg.hidden,), (cfg.vocab,), ("embed", "vocab"), **head)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Array) -> jax.Array:
         """int32 [B, S] -> [B, S, D]."""
         return constrain(self.embedding[...][tokens].astype(self.dtype), "batch", None, None)
 
@@ -87,7 +88,7 @@ class TextModel(nnx.Module):
             return self.lm_head(hidden).astype(jnp.float32)
         return jnp.einsum("...d,vd->...v", hidden, self.embedding[...].astype(self.dtype)).astype(jnp.float32)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: Array, segments: Array | None) -> jax.Array:
         """Hidden states [B, S, D] of whole sequences, for training.
 
         x [B, S, D]; positions int32 [B, S, 3]; segments int32 [B, S] when rows are packed, else None: padding at the end of
@@ -101,7 +102,7 @@ class TextModel(nnx.Module):
 
         return self.norm(scan_layers(self.layers, body, x, self.remat))
 
-    def extend(self, x: jax.Array, positions: jax.Array, added: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def extend(self, x: jax.Array, positions: Array, added: Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Appends tokens to each row's cache at its own cursor: prefill, the next turn's input, or one decoded token.
 
         x [B, S, D]; positions int32 [B, S, 3]; added int32 [B], how many of the S tokens the row really has (padding at the
@@ -123,5 +124,5 @@ class TextModel(nnx.Module):
         x, keys, values = scan_layers(self.layers, body, carry, "none", jnp.arange(self.cfg.layers))
         return self.norm(x), KVCache(keys, values, cache.lengths + added)
 
-    def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _angles(self, positions: Array) -> tuple[jax.Array, jax.Array]:
         return rope.mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)

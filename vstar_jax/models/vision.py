@@ -5,12 +5,14 @@ frames. The host hands patches over in window order with their groups (`batch.Vi
 [windows, 64, heads, d], a full one [frames, patches, heads, d], and the merged tokens are put in their place later by index.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vstar_jax.batch import MERGE, PATCH_VALUES, Groups, Vision
+from vstar_jax.batch import MERGE, PATCH_VALUES, Array, Groups, Vision
 from vstar_jax.models import rope
 from vstar_jax.models.attention import attention
 from vstar_jax.models.config import VisionArchitecture
@@ -21,7 +23,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(patches: jax.Array) -> jax.Array:
+def normalise(patches: Array) -> jax.Array:
     """uint8 [..., 1176] -> float32, by CLIP's mean and deviation; a row is channel-major (3, 2, 14, 14)."""
     mean, std = (np.repeat(np.asarray(c, np.float32), PATCH_VALUES // 3) for c in (CLIP_MEAN, CLIP_STD))
     return (patches.astype(jnp.float32) / 255.0 - mean) / std
@@ -68,9 +70,11 @@ class VisionBlock(nnx.Module):
         else:
             out = jax.lax.cond(
                 full,
-                lambda qkv: attend_in_groups(*qkv, vision.frames),
-                lambda qkv: attend_in_groups(*qkv, vision.windows),
-                (q, k, v),
+                partial(attend_in_groups, groups=vision.frames),
+                partial(attend_in_groups, groups=vision.windows),
+                q,
+                k,
+                v,
             )
         x = constrain(x + self.proj(out), "batch", None, None)
         return constrain(x + self.mlp(self.norm2(x)), "batch", None, None)

@@ -5,9 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from vstar_jax.batch import Batch
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
+from vstar_jax.sharding import sum_over_data
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["loss", "correct", "count"], meta_fields=[])
@@ -36,14 +38,20 @@ def sft_loss(model: Qwen25VL, batch: Batch, *, chunk: int, packed: bool) -> Tota
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def step(totals: Totals, slices):
-        hidden, targets, mask = slices
-        logits = model.logits(hidden)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - target, 0.0)
-        correct = mask & (jnp.argmax(logits, axis=-1) == targets)
-        return Totals(totals.loss + loss.sum(), totals.correct + correct.sum(), totals.count + mask.sum()), None
+    graphdef, weights = nnx.split(model.text)
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(step, Totals(zero, zero, zero), (chunks(hidden), chunks(targets), chunks(mask)))[0]
+    def totals(weights, rows) -> Totals:
+        text = nnx.merge(graphdef, weights)
+
+        @jax.checkpoint
+        def one_chunk(slices) -> Totals:
+            hidden, targets, mask = slices
+            logits = text.logits(hidden)
+            target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - target, 0.0)
+            correct = mask & (jnp.argmax(logits, axis=-1) == targets)
+            return Totals(loss.sum(), correct.sum(dtype=jnp.float32), mask.sum(dtype=jnp.float32))
+
+        return jax.tree.map(jnp.sum, jax.lax.map(one_chunk, jax.tree.map(chunks, rows)))
+
+    return sum_over_data(totals, weights, (hidden, targets, mask))

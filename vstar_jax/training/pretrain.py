@@ -4,24 +4,38 @@ The examples come from `data.stick_motion.pretraining`; the run is `training.sft
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vstar_jax import sharding
-from vstar_jax.config import Config, DataConfig, PolicyConfig, SftConfig
+from vstar_jax.config import Config, DataConfig, PolicyConfig, SftConfig, resolve
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.pipeline import train_batches
-from vstar_jax.data.stick_motion import tokenizer
+from vstar_jax.data.stick_motion import dialogues, pretraining, tokenizer
+from vstar_jax.data.stick_motion.names import all_names, pool_names
 from vstar_jax.data.stick_motion.pretraining import Lessons
+from vstar_jax.dialogue import Prompts
 from vstar_jax.models import hf
 from vstar_jax.models.config import TINY, Architecture
 from vstar_jax.models.qwen2_5_vl import create
 from vstar_jax.training.sft import train
+
+
+def words() -> set[str]:
+    """Every word, with the blank before it, of the lessons and of the dialogues."""
+    rng = np.random.default_rng(0)
+    prompts = Prompts.load(resolve(DataConfig().prompts))
+    texts = [*pretraining.texts(), *dialogues.texts(prompts, rng)]
+    pieces = {piece for text in texts for piece in re.findall(tokenizer.PIECES, text)}
+    names = pool_names("train") | pool_names("eval") | set(all_names())
+    return {piece for piece in pieces if piece.strip() not in names}
 
 
 def blank_model(directory: Path, seed: int) -> None:
@@ -30,7 +44,7 @@ def blank_model(directory: Path, seed: int) -> None:
         return
     staging = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    ids = tokenizer.build(staging)
+    ids = tokenizer.build(staging, words())
     vocab = -(-ids.size // 64) * 64
     architecture = replace(
         TINY,
@@ -53,7 +67,7 @@ def pretrain(out: Path, work: Path, steps: int, clips: int, seed: int) -> None:
         seed=seed,
         run_dir=str(work),
         policy=PolicyConfig(path=str(blank)),
-        data=DataConfig(tokens=(256,), patches=(128,), pack=True),
+        data=DataConfig(tokens=(256,), patches=(256,), pack=True),
         sft=SftConfig(steps=steps, batch_size=32, learning_rate=2e-3, warmup=100, save_every=100),
     )
     mesh = sharding.make_mesh(config.mesh)

@@ -58,7 +58,8 @@ def create_state(
 
     Returns the graph definition, with which `nnx.merge(graphdef, params, frozen)` is the model again, and the state.
     """
-    graphdef, params, frozen = nnx.split(model, trainable(lora), ...)
+    graphdef, *states = nnx.split(model, trainable(lora), ...)
+    params, frozen = states
     shapes = jax.eval_shape(optimizer.init, params)
     shardings = optax.tree_utils.tree_map_params(
         optimizer,

@@ -1,0 +1,94 @@
+"""Who plays in a StickMotion episode, and what a good policy would write in it.
+
+Every episode draws a fresh name for each of its K actions from the pool of names for training or for evaluation; the
+explanations are the only link from a name to what is seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from vstar_jax.data.stick_motion.motions import Action, actions, explanation
+from vstar_jax.data.stick_motion.names import Pool, names
+from vstar_jax.dialogue import Decision, Prompts, ToolResult, second_messages
+
+CANDIDATES = 3
+HARD_NEGATIVES = 3
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The actions of an episode in the order of the prompt's label list, their names, and which one is shown."""
+
+    actions: tuple[Action, ...]
+    names: tuple[str, ...]
+    shown: int
+
+    @property
+    def explanations(self) -> str:
+        """A line "name: explanation" for each label."""
+        lines = (f"{name}: {explanation(action.sub_motions)}" for name, action in zip(self.names, self.actions, strict=True))
+        return "\n".join(lines)
+
+
+def overlap(a: Action, b: Action) -> int:
+    """How many places of two actions hold the same sub-motion."""
+    return sum(x == y for x, y in zip(a.sub_motions, b.sub_motions, strict=False))
+
+
+def draw_cast(action: Action, labels: int, pool: Pool, rng: np.random.Generator) -> Cast:
+    """`action` among `labels` actions of its group: some share a sub-motion in its place, the rest are any."""
+    others = [a for a in actions(action.group) if a != action]
+    others = [others[i] for i in rng.permutation(len(others))]
+    near = sorted(others, key=lambda a: -overlap(a, action))[:HARD_NEGATIVES]
+    rest = [a for a in others if a not in near]
+    chosen = [action, *(near + rest)[: labels - 1]]
+    chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+    return Cast(tuple(chosen), tuple(str(rng.choice(names(a, pool))) for a in chosen), chosen.index(action))
+
+
+def decision(cluttered: bool) -> Decision:
+    """What is worth asking: the pose where clutter hides the figure, and always what the names mean."""
+    return Decision(pose_estimation=cluttered, noun_explanation=True)
+
+
+def first_reply(cluttered: bool) -> str:
+    """Turn 1: a thought about the picture and the decision."""
+    thought = "the background is busy so the pose helps" if cluttered else "the background is plain so the pose is clear"
+    return f"<think>{thought}, the names are new</think>{decision(cluttered).tags()}"
+
+
+def second_reply(cast: Cast, rng: np.random.Generator, verdicts: bool = True) -> str:
+    """Turn 2: what is seen, the nearest candidates, a verdict for each of their sub-motions, their scores, the answer.
+
+    Without `verdicts` the candidates' sub-motions are only repeated (the ablation).
+    """
+    shown, name = cast.actions[cast.shown], cast.names[cast.shown]
+    order = sorted(rng.permutation(len(cast.actions)), key=lambda i: (i != cast.shown, -overlap(cast.actions[i], shown)))
+    picked = [order[i] for i in rng.permutation(min(CANDIDATES, len(order)))]
+    observed = " ".join(f"- {m}: {when}" for m, when in zip(shown.sub_motions, ("first", "second", "third"), strict=False))
+    listed = ", ".join(cast.names[i] for i in picked)
+    compared = " ".join(f"- {cast.names[i]}: {_compare(cast.actions[i], shown, verdicts)}" for i in picked)
+    return (
+        f"<think>[1] Observed: {observed} [2] Candidates: {listed} [3] Comparison: {compared} [4] Decision: {name}</think>"
+        f"<answer>{name}</answer>"
+    )
+
+
+def _compare(candidate: Action, shown: Action, verdicts: bool) -> str:
+    same = [x == y for x, y in zip(candidate.sub_motions, shown.sub_motions, strict=False)]
+    same += [False] * (len(candidate.sub_motions) - len(same))
+    words = [f"{m} {'yes' if s else 'no'}" if verdicts else m for m, s in zip(candidate.sub_motions, same, strict=True)]
+    score = sum(same) / max(len(candidate.sub_motions), len(shown.sub_motions))
+    return f"{', '.join(words)}, score {score:.1f}"
+
+
+def texts(prompts: Prompts, rng: np.random.Generator) -> Iterator[str]:
+    """Texts that together hold every word of the dialogues, for the tokenizer."""
+    yield from (prompts.look, prompts.annotated)
+    for action in actions("base"):
+        cast = draw_cast(action, 8, "train", rng)
+        result = ToolResult(None, cast.explanations, None)
+        yield from (part["text"] for m in second_messages(prompts, result, cast.names) for part in m["content"])
+        yield from (first_reply(True), first_reply(False), second_reply(cast, rng))

@@ -1,0 +1,170 @@
+"""The two-stage dialogue: what is asked, and what is read from the replies (paper, section 3.1; the tags are an interface).
+
+Turn 1 shows the clip and the tools, and the policy decides on each tool. Turn 2 shows what the tools returned and the allowed
+labels, and the policy observes, compares candidates and answers. Parsing is total: no text makes it raise.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import numpy as np
+
+from vstar_jax.errors import UserError
+
+PLACEHOLDERS = {"look": (), "annotated": (), "explanation": ("explanation",), "description": ("description",), "ask": ("labels",)}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of the two user turns.
+
+    look: turn 1. annotated, explanation, description: turn 2's pieces, one for each kind of tool result. ask: turn 2's
+    question with the list of {labels}.
+    """
+
+    look: str
+    annotated: str
+    explanation: str
+    description: str
+    ask: str
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Prompts":
+        """Reads a YAML file of these texts; UserError when one or a placeholder is missing or is not known."""
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except OSError:
+            raise UserError(f"there is no prompt file {path}: give the path of a YAML file of prompts.") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        expected = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or set(content) != expected:
+            raise UserError(f"{path} must hold exactly the texts {', '.join(sorted(expected))}.")
+        for name, text in content.items():
+            found = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+            if found != set(PLACEHOLDERS[name]):
+                wanted = ", ".join(f"{{{p}}}" for p in PLACEHOLDERS[name]) or "none"
+                raise UserError(f"{path}: the text {name} must use these placeholders and no other: {wanted}.")
+        return cls(**{name: text.strip() for name, text in content.items()})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which tools the policy asked for; noun_explanation is the paper's action explanation, video_explanation its description."""
+
+    pose_estimation: bool = False
+    person_detection: bool = False
+    video_explanation: bool = False
+    noun_explanation: bool = False
+
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the tools that were asked for."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name))
+
+    def tags(self) -> str:
+        """The decision as the policy writes it."""
+        return "".join(f"<{f.name}>{'yes' if getattr(self, f.name) else 'no'}</{f.name}>" for f in fields(self))
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What the tools returned: the annotated clip uint8 [T, H, W, 3], and texts; None where a tool was not asked."""
+
+    frames: np.ndarray | None = None
+    explanation: str | None = None
+    description: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was read from the last turn: observed sub-motions in order, candidates and their scores, the answer.
+
+    well_formed: the text is exactly one <think>...</think> followed by one <answer>...</answer>.
+    """
+
+    sub_motions: tuple[str, ...]
+    candidates: tuple[str, ...]
+    scores: Mapping[str, float]
+    answer: str | None
+    well_formed: bool
+
+
+def first_messages(prompts: Prompts) -> list[dict[str, Any]]:
+    """Turn 1's user message: the clip and the tools."""
+    return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompts.look}]}]
+
+
+def second_messages(prompts: Prompts, result: ToolResult, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Turn 2's user message: the annotated clip if there is one, the tools' texts, and the allowed labels."""
+    content: list[dict[str, Any]] = []
+    texts: list[str] = []
+    if result.frames is not None:
+        content.append({"type": "video"})
+        texts.append(prompts.annotated)
+    if result.explanation is not None:
+        texts.append(prompts.explanation.format(explanation=result.explanation))
+    if result.description is not None:
+        texts.append(prompts.description.format(description=result.description))
+    texts.append(prompts.ask.format(labels=", ".join(labels)))
+    content.append({"type": "text", "text": "\n".join(texts)})
+    return [{"role": "user", "content": content}]
+
+
+def assistant(text: str) -> dict[str, Any]:
+    """A reply as a message."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def parse_decision(text: str) -> Decision:
+    """The decision in a turn-1 reply: a tag that is missing, empty or contradicts itself counts as no."""
+    flat = re.sub(r"\s+", "", text).lower()
+    values = {f.name: set(re.findall(rf"<{f.name}>(\w*)</{f.name}>", flat)) for f in fields(Decision)}
+    return Decision(**{name: found == {"yes"} for name, found in values.items()})
+
+
+def parse_reply(text: str) -> Reply:
+    """Reads a turn-2 reply; what is not there is empty."""
+    shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, flags=re.DOTALL | re.IGNORECASE)
+    well_formed = shape is not None and not re.search(r"</?(think|answer)>", shape[1] + shape[2], flags=re.IGNORECASE)
+    answers = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL | re.IGNORECASE)
+    sections = _sections(text.split("</think>")[0])
+    observed = (name for name, _ in _items(sections.get(1, "")))
+    scores = {name: float(found[-1]) for name, rest in _items(sections.get(3, "")) if (found := re.findall(r"\d+(?:\.\d+)?", rest))}
+    listed = re.split(r"[,\n]", sections.get(2, "").partition(":")[2])
+    return Reply(
+        sub_motions=tuple(dict.fromkeys(observed)),
+        candidates=tuple(dict.fromkeys(name.strip(" -.") for name in listed if name.strip(" -."))),
+        scores=scores,
+        answer=answers[0].strip() if len(answers) == 1 and answers[0].strip() else None,
+        well_formed=well_formed,
+    )
+
+
+def _sections(text: str) -> dict[int, str]:
+    """Section number -> its text, for headings [1], [2], ...; of sections with one number the first counts."""
+    parts = re.split(r"\[([1-9])\]", text)
+    found: dict[int, str] = {}
+    for number, body in zip(parts[1::2], parts[2::2], strict=True):
+        found.setdefault(int(number), body)
+    return found
+
+
+def _items(section: str) -> list[tuple[str, str]]:
+    """The "- name: rest" items of a section."""
+    found = re.findall(r"(?:^|\s)-\s+([^:]+?)\s*:(.*?)(?=\s-\s|$)", section, flags=re.DOTALL)
+    return [(" ".join(name.split()).lower(), rest) for name, rest in found]
+
+
+def same_label(a: str, b: str) -> bool:
+    """Whether two labels are equal but for case, blanks, underscores and line breaks (the released scorer's rule)."""
+    return bool(_bare(a)) and _bare(a) == _bare(b)
+
+
+def _bare(label: str) -> str:
+    return re.sub(r"[\s_]+", "", label.lower())
