@@ -13,6 +13,8 @@ from flax import nnx
 
 from vstar_jax.batch import collate
 from vstar_jax.config import PolicyConfig
+from vstar_jax.data.patches import window_order
+from vstar_jax.data.positions import positions
 from vstar_jax.models import hf
 from vstar_jax.models.text import KVCache
 from vstar_jax.sharding import make_mesh
@@ -244,3 +246,23 @@ def test_rows_that_are_not_active_leave_their_cache_alone(untied):
     waited, _ = run(ours, decode, np.asarray([False, True]), paused)
     direct, _ = run(ours, decode, np.asarray([True, True]), cache)
     np.testing.assert_allclose(waited[1], direct[1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_data_side_lays_clips_out_as_these_dialogues_do(case):
+    """So what holds above of the model holds of the model behind the project's own windows and positions."""
+    for row in rows_of(case):
+        example, clips = row.example, row.clips
+        grids = [clip.grid for clip in clips]
+        ours = positions(example.tokens, grids, [1.0] * len(grids), d.TOKENS_PER_SECOND, d.IMAGE_PAD, d.VIDEO_PAD)
+        np.testing.assert_array_equal(ours, example.positions)
+        at = 0
+        for clip in clips:
+            layout, here = window_order(clip.grid), slice(at, at + len(clip.patches))
+            np.testing.assert_array_equal(clip.patches[layout.order], example.patches[here])
+            np.testing.assert_array_equal(layout.patch_hw, example.patch_hw[here])
+            np.testing.assert_array_equal(layout.frame_id, example.frame_id[here] - example.frame_id[at])
+            np.testing.assert_array_equal(layout.window_id, example.window_id[here] - example.window_id[at])
+            places = example.visual_index[(example.visual_index >= at // 4) & (example.visual_index < here.stop // 4)]
+            np.testing.assert_array_equal(layout.inverse, places - at // 4)
+            at = here.stop

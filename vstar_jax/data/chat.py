@@ -76,14 +76,9 @@ class Chat:
         settings = json.loads((path / "config.json").read_text())
         self.image_pad: int = settings["image_token_id"]
         self.video_pad: int = settings["video_token_id"]
-        self.visual_ids = np.asarray(
-            [
-                settings[k]
-                for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-                if k in settings
-            ]
-        )
-        self.tokens_per_second: float = settings["vision_config"]["tokens_per_second"]
+        around = [self._special[name] for name in ("<|vision_start|>", "<|vision_end|>") if name in self._special]
+        self.visual_ids = np.asarray([self.image_pad, self.video_pad, *around])
+        self.tokens_per_second: float = settings["vision_config"].get("tokens_per_second", 4)
         self.stop_ids = np.asarray(sorted({self._turn_end(), *_end_ids(path), self.tokenizer.eos_token_id} - {None}), np.int32)
 
     def clip(self, frames: np.ndarray, fps: float) -> ProcessedClip:

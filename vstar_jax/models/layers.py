@@ -71,7 +71,7 @@ class Linear(nnx.Module):
         y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), len(self.inputs))
         if self.bias is not None:
             y += self.bias[...].astype(self.dtype)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             low = jnp.tensordot(x, self.lora_a[...].astype(self.dtype), len(self.inputs))
             y += self.lora_scale * jnp.tensordot(low, self.lora_b[...].astype(self.dtype), 1)
         return y.reshape(*shape, *self.outputs)

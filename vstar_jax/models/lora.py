@@ -33,7 +33,7 @@ def add(model: Qwen25VL, config: LoraConfig, seed: int) -> None:
 def merge(model: Qwen25VL) -> None:
     """Folds every adapter into its kernel and removes it."""
     for module in linears(model).values():
-        if module.lora_a is None:
+        if module.lora_a is None or module.lora_b is None:
             continue
         a, b = module.lora_a[...].astype(jnp.float32), module.lora_b[...].astype(jnp.float32)
         if module.stack is None:

@@ -26,7 +26,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def normalise(patches: Array) -> jax.Array:
     """uint8 [..., 1176] -> float32, by CLIP's mean and deviation; a row is channel-major (3, 2, 14, 14)."""
     mean, std = (np.repeat(np.asarray(c, np.float32), PATCH_VALUES // 3) for c in (CLIP_MEAN, CLIP_STD))
-    return (patches.astype(jnp.float32) / 255.0 - mean) / std
+    return (jnp.asarray(patches, jnp.float32) / 255.0 - mean) / std
 
 
 def attend_in_groups(q: jax.Array, k: jax.Array, v: jax.Array, groups: Groups) -> jax.Array:

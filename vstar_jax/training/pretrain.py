@@ -33,7 +33,8 @@ def words() -> set[str]:
     rng = np.random.default_rng(0)
     prompts = Prompts.load(resolve(DataConfig().prompts))
     texts = [*pretraining.texts(), *dialogues.texts(prompts, rng)]
-    pieces = {piece for text in texts for piece in re.findall(tokenizer.PIECES, text)}
+    tags = "|".join(map(re.escape, tokenizer.TAGS))
+    pieces = {piece for text in texts for part in re.split(tags, text) for piece in re.findall(tokenizer.PIECES, part)}
     names = pool_names("train") | pool_names("eval") | set(all_names())
     return {piece for piece in pieces if piece.strip() not in names}
 
@@ -53,7 +54,8 @@ def blank_model(directory: Path, seed: int) -> None:
         video_pad=ids.video_pad,
         vision_start=ids.vision_start,
     )
-    (staging / "config.json").write_text(json.dumps(architecture.to_hf(), indent=2) + "\n")
+    control = {"bos_token_id": ids.pad, "pad_token_id": ids.pad, "eos_token_id": ids.end}
+    (staging / "config.json").write_text(json.dumps({**architecture.to_hf(), **control}, indent=2) + "\n")
     hf.save(create(architecture, PolicyConfig(), seed), directory, like=staging)
     shutil.rmtree(staging)
 

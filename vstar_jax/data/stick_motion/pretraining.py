@@ -21,7 +21,7 @@ from vstar_jax.data.processor import ProcessedClip, process
 from vstar_jax.data.stick_motion import motions, names, render
 from vstar_jax.dialogue import assistant
 
-PERCEPTION_SHARE = 0.5
+PERCEPTION_SHARE = 0.65
 DEFINITIONS = ("{name} means {moves}", "{moves} is called {name}", "{name} is {moves}")
 MOST_ACTIONS = 8
 EPOCH = 100_000

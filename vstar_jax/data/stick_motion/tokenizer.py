@@ -39,6 +39,8 @@ class TokenIds:
     image_pad: int
     video_pad: int
     vision_start: int
+    pad: int
+    end: int
 
 
 def build(directory: str | Path, words: Iterable[str]) -> TokenIds:
@@ -69,8 +71,8 @@ def build(directory: str | Path, words: Iterable[str]) -> TokenIds:
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)
-    ids = fast.convert_tokens_to_ids
-    return TokenIds(len(fast), ids("<|image_pad|>"), ids("<|video_pad|>"), ids("<|vision_start|>"))
+    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|endoftext|>", "<|im_end|>")
+    return TokenIds(len(fast), *fast.convert_tokens_to_ids(list(special)))
 
 
 def _corpus(words: Iterable[str]) -> Iterator[str]:
