@@ -1,19 +1,23 @@
 """Hugging Face's Qwen2.5-VL in PyTorch as a rival in benchmarks: the only file beside the tests that imports torch.
 
-It is set up as well as its users can without leaving the library: scaled-dot-product attention, no mask where no row is
-padded, AdamW and clipping over all tensors at once, and pixels that are normalised before the clock starts.
+It is set up as well as a user of the library can: scaled-dot-product attention, no mask since no row is padded, fused AdamW,
+clipping over all tensors at once, and pixels that are normalised before the clock starts.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
 from vstar_jax.batch import Example
 from vstar_jax.benchmark import GRID
 from vstar_jax.config import SftConfig
+from vstar_jax.errors import UserError
 from vstar_jax.models.vision import CLIP_MEAN, CLIP_STD
 
 
@@ -24,7 +28,11 @@ class HuggingFace:
     compile_seconds = 0.0
 
     def __init__(self, path: Path, dialogues: Sequence[Example], config: SftConfig):
-        self.threads = torch.get_num_threads()
+        if jax.default_backend() != "cpu":
+            raise UserError("the comparison with Hugging Face runs on the CPU: set JAX_PLATFORMS=cpu, or leave --against out.")
+        logging.set_verbosity_error()  # it warns of end tokens that no small vocabulary has
+        logging.disable_progress_bar()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.max_grad_norm = config.max_grad_norm
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
         self.model.train()

@@ -1,90 +1,68 @@
-"""Measures the SFT step: seconds, tokens per second and memory, alone or in turns with another implementation.
+"""Measures the SFT step: seconds, tokens a second and memory, alone or in turns with another implementation.
 
-A rival gets the same weights (a model directory), the same dialogues and the same settings; it is timed only when its loss
+A rival gets the same weights (a model directory), the same dialogues and the same settings. It is timed only when its loss
 agrees with ours before and after the first update, so that both are known to do the same work.
 """
 
+import ctypes
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from tqdm import trange
 
 from vstar_jax import sharding
-from vstar_jax.batch import MERGE, PATCH_VALUES, Batch, Example, collate
+from vstar_jax.batch import MERGE, PATCH_VALUES, Example, collate
 from vstar_jax.config import PolicyConfig, SftConfig
+from vstar_jax.data.patches import window_order
+from vstar_jax.data.positions import positions
 from vstar_jax.errors import UserError
 from vstar_jax.models import hf
 from vstar_jax.models.config import Architecture
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, create
 from vstar_jax.training.state import create_state, make_optimizer, make_train_step
 
-TOLERANCE = 1e-3  # relative; float32 sums in another order differ by some 1e-6, another computation by more
+TOLERANCE = 1e-3  # relative; sums of float32 in another order differ by some 1e-6, another computation by more
 CHECKED_STEPS = 2  # the loss of the second one has gone through gradients, clipping and AdamW
+FEWEST_REPEATS = 5
 SFT = SftConfig(learning_rate=1e-4, warmup=0, steps=1_000_000)  # so long a cosine that the rate is constant
-GRID = (8, 4, 4)  # temporal patches, rows and columns of a clip of 16 frames of 56 x 56: one window a frame
+GRID = (8, 4, 4)  # a clip of 16 frames of 56 x 56; each frame is one window, so that patches keep the reference order
 RUNS = (120, 38, 160)  # tokens of text before, between and after the clips; the last run is learned
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """What to measure.
-
-    Args:
-        what: the part that is measured.
-        against: the implementation it is compared with, in turns.
-        model: size of the model; its weights are random.
-        batch_size: dialogues a step.
-        repeats: timed steps of each implementation.
-        seed: of weights and dialogues.
-        out: folder of the result files.
-    """
-
-    what: Literal["sft"] = "sft"
-    against: Literal["none", "hf"] = "none"
-    model: Literal["tiny", "small", "medium", "3b", "7b"] = "small"
-    batch_size: int = 8
-    repeats: int = 7
-    seed: int = 0
-    out: str = "runs/benchmark"
-
-
 class Contender(Protocol):
-    """An implementation of the SFT step that holds its weights, its optimizer and its batch."""
+    """An implementation of the SFT step, with its own weights, optimizer state and copy of the batch."""
 
     name: str
-    threads: int
     compile_seconds: float
 
     def step(self) -> float:
-        """One full step (forward, backward, clipping, AdamW), finished when it returns; the loss before the update."""
+        """One full step (forward, backward, clipping, AdamW), finished when it returns; gives the loss before the update."""
         ...
 
 
 Rival = Callable[[Path, Sequence[Example], SftConfig], Contender]
-"""Makes a contender from a model directory in Hugging Face format, dialogues and settings."""
+"""Makes a contender from a model directory in Hugging Face format, dialogues of one length, and settings."""
 
 
 class Ours:
-    """The step that training runs, compiled ahead of time."""
+    """The step that training runs, compiled ahead of time, on one device."""
 
     name = "vstar_jax"
 
-    def __init__(self, model: Qwen25VL, batch: Batch, config: SftConfig, mesh: Mesh):
-        optimizer = make_optimizer(config)
+    def __init__(self, model: Qwen25VL, dialogues: Sequence[Example], config: SftConfig):
+        mesh, optimizer = sharding.make_mesh("1x1"), make_optimizer(config)
         graphdef, self.state = create_state(model, optimizer, PolicyConfig().lora, mesh, seed=0)
+        batch = collate([[d] for d in dialogues], (len(dialogues[0].tokens),), (len(dialogues[0].patches),))
         self.batch = sharding.put_batch(batch, mesh)
-        self.threads = len(os.sched_getaffinity(0))
         start = time.perf_counter()
         self.compiled = make_train_step(graphdef, optimizer, config, packed=False).lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -97,37 +75,151 @@ class Ours:
 
 
 def dialogue(rng: np.random.Generator, architecture: Architecture) -> Example:
-    """Random text around two clips of noise, in the shape of a StickMotion dialogue: the raw clip, then the annotated one."""
-    where = np.indices(GRID).reshape(3, GRID[0], GRID[1] // 2, 2, GRID[2] // 2, 2).transpose(1, 2, 4, 3, 5, 0).reshape(-1, 3)
-    visual = len(where) // MERGE
-    tokens, positions, index = [], [], []
-    start = 0
-
-    def text(ids: np.ndarray) -> None:
-        nonlocal start
-        tokens.append(ids)
-        positions.append(np.repeat(start + np.arange(len(ids))[:, None], 3, axis=1))
-        index.append(np.full(len(ids), -1))
-        start += len(ids)
-
-    clips = len(RUNS) - 1
-    for number, length in enumerate(RUNS):
-        text(rng.integers(8, 1000, length))
-        if number < clips:
-            text(np.asarray([architecture.vision_start]))
-            tokens.append(np.full(visual, architecture.video_pad))
-            positions.append(start + where[::MERGE] // (1, 2, 2) * (architecture.tokens_per_second, 1, 1))
-            index.append(number * visual + np.arange(visual))
-            start = int(positions[-1].max()) + 1
-    length = sum(map(len, tokens))
-    frames = np.concatenate([number * GRID[0] + where[:, 0] for number in range(clips)]).astype(np.int32)
+    """Random text around two clips of noise, in the shape of a StickMotion dialogue: the raw clip and the annotated one."""
+    layout, clips, video = window_order(GRID), len(RUNS) - 1, architecture.video_pad
+    picture = [architecture.vision_start, *[video] * len(layout.inverse)]
+    pieces = [piece for length in RUNS for piece in (rng.integers(8, 1000, length), picture)][:-1]
+    tokens = np.concatenate(pieces).astype(np.int32)
+    is_visual = tokens == video
+    each = np.repeat(np.arange(clips, dtype=np.int32), len(layout.frame_id)) * GRID[0]
     return Example(
-        tokens=np.concatenate(tokens).astype(np.int32),
-        positions=np.concatenate(positions).astype(np.int32),
-        loss_mask=np.arange(length) >= length - RUNS[-1],
-        visual_index=np.concatenate(index).astype(np.int32),
-        patches=rng.integers(0, 256, (clips * len(where), PATCH_VALUES), dtype=np.uint8),
-        patch_hw=np.tile(where[:, 1:], (clips, 1)).astype(np.int32),
-        window_id=frames,
-        frame_id=frames,
+        tokens=tokens,
+        positions=positions(tokens, [GRID] * clips, [1.0] * clips, architecture.tokens_per_second, -1, video),
+        loss_mask=np.arange(len(tokens)) >= len(tokens) - RUNS[-1],
+        visual_index=np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32),
+        patches=rng.integers(0, 256, (clips * len(layout.inverse) * MERGE, PATCH_VALUES), dtype=np.uint8),
+        patch_hw=np.tile(layout.patch_hw, (clips, 1)),
+        window_id=np.tile(layout.window_id, clips) + each,
+        frame_id=np.tile(layout.frame_id, clips) + each,
     )
+
+
+def measure_sft(model: str, batch_size: int, repeats: int, rival: Rival | None = None) -> dict[str, Any]:
+    """Times `repeats` full SFT steps in float32 on one device, in turns with the rival's when there is one.
+
+    model: a preset of `Architecture`, with random weights. Returns what `report` takes. Raises UserError for too few repeats,
+    and when the losses of the first steps disagree: then the two do not do the same work and no speed is worth a report.
+    """
+    if repeats < FEWEST_REPEATS:
+        raise UserError(f"repeats is {repeats}: a spread needs at least {FEWEST_REPEATS}.")
+    architecture = Architecture.preset(model)
+    policy = create(architecture, PolicyConfig(), seed=0)
+    size = sum(x.size for x in jax.tree.leaves(nnx.state(policy)))
+    rng = np.random.default_rng(0)
+    dialogues = [dialogue(rng, architecture) for _ in range(batch_size)]
+    contenders: list[Contender] = []
+    if rival is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save(policy, Path(folder) / "model")
+            contenders.append(rival(Path(folder) / "model", dialogues, SFT))
+    contenders.insert(0, Ours(policy, dialogues, SFT))
+
+    losses = {c.name: [c.step() for _ in range(CHECKED_STEPS)] for c in contenders}
+    difference = check_agreement(losses)
+    memory = {c.name: peak_memory(c.step) for c in contenders}
+    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for _ in trange(repeats, desc="repeats", leave=False):
+        for contender in contenders:
+            start = time.perf_counter()
+            contender.step()
+            seconds[contender.name].append(time.perf_counter() - start)
+
+    tokens = batch_size * len(dialogues[0].tokens)
+    ours, *others = (seconds[c.name] for c in contenders)
+    return {
+        "what": "sft",
+        "model": model,
+        "parameters": size,
+        "dialogues": batch_size,
+        "tokens": tokens,
+        "patches": batch_size * len(dialogues[0].patches),
+        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} threads, {jax.default_backend()}",
+        "loss_difference": difference,
+        "contenders": {
+            c.name: {
+                "losses": losses[c.name],
+                "compile_seconds": c.compile_seconds,
+                "peak_memory_mib": memory[c.name],
+                "seconds": seconds[c.name],
+                "tokens_per_s": tokens / float(np.median(seconds[c.name])),
+            }
+            for c in contenders
+        },
+        "ratios": [b / a for other in others for a, b in zip(ours, other, strict=True)],
+    }
+
+
+def check_agreement(losses: Mapping[str, Sequence[float]]) -> float:
+    """The largest relative difference between the losses of the first contender and of the others, over the first steps.
+
+    Raises UserError when it is above `TOLERANCE` or not a number.
+    """
+    (ours, expected), *others = losses.items()
+    largest = 0.0
+    for name, values in others:
+        for step, (a, b) in enumerate(zip(expected, values, strict=True), start=1):
+            difference = abs(a - b) / abs(b)
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"{ours} and {name} disagree on the loss of step {step} ({a:.6f} and {b:.6f}), so they do not do the same "
+                    "work and their speed is not compared: find the cause with tests/test_parity.py first."
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def peak_memory(step: Callable[[], Any]) -> float | None:
+    """MiB by which the process's resident memory grows at most during `step`; None where the kernel does not count it."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if jax.default_backend() != "cpu" or not os.access(reset, os.W_OK):
+        return None
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    ctypes.CDLL(None).malloc_trim(0)  # an allocator that keeps what it freed would hide what the step asks for
+    reset.write_text("5")  # sets the high-water mark back to what is resident now
+    before = read("VmRSS")
+    step()
+    return (read("VmHWM") - before) / 1024
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The result of a measurement as a Markdown table with a sentence on what was measured."""
+    contenders = result["contenders"]
+    rows = {
+        "seconds a step": [spread(c["seconds"], ".3f") for c in contenders.values()],
+        "tokens/s": [f"{c['tokens_per_s']:,.0f}" for c in contenders.values()],
+        "compile time, s": [f"{c['compile_seconds']:.1f}" for c in contenders.values()],
+        "peak memory of a step, MiB": [_number(c["peak_memory_mib"], ".0f") for c in contenders.values()],
+        "loss of the first steps": [", ".join(f"{x:.6f}" for x in c["losses"]) for c in contenders.values()],
+    }
+    lines = [["", *contenders], ["---"] * (len(contenders) + 1), *([name, *cells] for name, cells in rows.items())]
+    text = (
+        f"SFT step of {result['model']} ({result['parameters']:,} parameters) in float32 on {result['dialogues']} dialogues, "
+        f"{result['tokens']:,} tokens and {result['patches']:,} patches ({result['machine']}); median (min to max) of "
+        f"{len(next(iter(contenders.values()))['seconds'])} repeats.\n\n"
+    )
+    text += "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    if result["ratios"]:
+        ours, theirs = contenders
+        text += f"\n{ours} is {spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; "
+        text += f"their losses differ by {result['loss_difference']:.1e} (relative).\n"
+    return text
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median (min to max)."""
+    return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def write(result: Mapping[str, Any], folder: Path) -> None:
+    """Writes the result as JSON and as Markdown, named after what was measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{result['what']}-{result['model']}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    stem.with_suffix(".md").write_text(report(result))

@@ -48,7 +48,7 @@ class PolicyConfig:
     path: str = "vstar_jax/assets/stick-motion-base"
     dtype: DType = "float32"
     param_dtype: DType = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "dots"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -15,7 +15,15 @@ import numpy as np
 
 from vstar_jax.errors import UserError
 
-PLACEHOLDERS = {"look": (), "annotated": (), "explanation": ("explanation",), "description": ("description",), "ask": ("labels",)}
+PLACEHOLDERS = {
+    "look": (),
+    "annotated": (),
+    "explanation": ("explanation",),
+    "description": ("description",),
+    "ask": ("labels",),
+}
+
+_TITLE = re.compile(r"^[^:,\n]*:")
 
 
 @dataclass(frozen=True)
@@ -47,16 +55,23 @@ class Prompts:
         if not isinstance(content, dict) or set(content) != expected:
             raise UserError(f"{path} must hold exactly the texts {', '.join(sorted(expected))}.")
         for name, text in content.items():
-            found = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
-            if found != set(PLACEHOLDERS[name]):
+            if _placeholders(text) != set(PLACEHOLDERS[name]):
                 wanted = ", ".join(f"{{{p}}}" for p in PLACEHOLDERS[name]) or "none"
-                raise UserError(f"{path}: the text {name} must use these placeholders and no other: {wanted}.")
+                raise UserError(f"{path}: the text {name} must be a text that uses these placeholders and no other: {wanted}.")
         return cls(**{name: text.strip() for name, text in content.items()})
+
+
+def _placeholders(text: object) -> set[str] | None:
+    """The names in braces of a prompt text; None when it is no text or its braces do not match."""
+    try:
+        return {field for _, field, _, _ in Formatter().parse(text) if field is not None} if isinstance(text, str) else None
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which tools the policy asked for; noun_explanation is the paper's action explanation, video_explanation its description."""
+    """The tools asked for: noun_explanation is the paper's action explanation, video_explanation its description."""
 
     pose_estimation: bool = False
     person_detection: bool = False
@@ -129,17 +144,20 @@ def parse_decision(text: str) -> Decision:
 
 
 def parse_reply(text: str) -> Reply:
-    """Reads a turn-2 reply; what is not there is empty."""
+    """Reads a turn-2 reply; what is not there is empty, and case and the number of blanks do not count."""
     shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, flags=re.DOTALL | re.IGNORECASE)
     well_formed = shape is not None and not re.search(r"</?(think|answer)>", shape[1] + shape[2], flags=re.IGNORECASE)
     answers = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL | re.IGNORECASE)
-    sections = _sections(text.split("</think>")[0])
-    observed = (name for name, _ in _items(sections.get(1, "")))
-    scores = {name: float(found[-1]) for name, rest in _items(sections.get(3, "")) if (found := re.findall(r"\d+(?:\.\d+)?", rest))}
-    listed = re.split(r"[,\n]", sections.get(2, "").partition(":")[2])
+    sections = _sections(re.split("</think>", text, maxsplit=1, flags=re.IGNORECASE)[0])
+    listed = re.split(r"[,\n]|(?:^|\s)-\s", _TITLE.sub("", sections.get(2, "")))
+    candidates = (_plain(name.partition(":")[0]) for name in listed)
+    scores: dict[str, float] = {}
+    for name, rest in _items(sections.get(3, "")):
+        if number := re.search(r"[0-9]+(\.[0-9]+)?", rest):
+            scores.setdefault(name, float(number[0]))
     return Reply(
-        sub_motions=tuple(dict.fromkeys(observed)),
-        candidates=tuple(dict.fromkeys(name.strip(" -.") for name in listed if name.strip(" -."))),
+        sub_motions=tuple(dict.fromkeys(name for name, _ in _items(sections.get(1, "")))),
+        candidates=tuple(dict.fromkeys(name for name in candidates if name)),
         scores=scores,
         answer=answers[0].strip() if len(answers) == 1 and answers[0].strip() else None,
         well_formed=well_formed,
@@ -156,9 +174,13 @@ def _sections(text: str) -> dict[int, str]:
 
 
 def _items(section: str) -> list[tuple[str, str]]:
-    """The "- name: rest" items of a section."""
-    found = re.findall(r"(?:^|\s)-\s+([^:]+?)\s*:(.*?)(?=\s-\s|$)", section, flags=re.DOTALL)
-    return [(" ".join(name.split()).lower(), rest) for name, rest in found]
+    """The "- name: rest" items of a section, on lines of their own or in one."""
+    parts = (part.partition(":") for part in re.split(r"(?:^|\s)-\s", section)[1:])
+    return [(_plain(name), rest) for name, colon, rest in parts if colon and _plain(name)]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.split()).strip(" .-").lower()
 
 
 def same_label(a: str, b: str) -> bool:

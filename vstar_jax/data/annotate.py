@@ -44,9 +44,9 @@ class Style:
     centre: Colour = (235, 235, 235)
     box: Colour = (60, 230, 60)
 
-    def width(self, height: int, width: int, scale: float = 1.0) -> int:
-        """The line's width in pixels for frames of a size."""
-        return max(1, round(scale * self.line * min(height, width)))
+    def width(self, frame: np.ndarray) -> int:
+        """The line's width in pixels on a frame [H, W, 3]."""
+        return max(2, round(self.line * min(frame.shape[:2])))
 
 
 DEFAULT = Style()
@@ -73,7 +73,7 @@ def draw_pose(frames: np.ndarray, keypoints: np.ndarray, style: Style = DEFAULT)
         image = Image.fromarray(frame)
         draw = ImageDraw.Draw(image)
         for person in people:
-            _draw_person(draw, person, style, style.width(*frame.shape[:2]))
+            _draw_person(draw, person, style, style.width(frame))
         images.append(np.asarray(image))
     return np.stack(images)
 
@@ -86,7 +86,7 @@ def draw_boxes(frames: np.ndarray, boxes: np.ndarray, style: Style = DEFAULT) ->
         draw = ImageDraw.Draw(image)
         for left, top, right, bottom in people:
             if right > left and bottom > top:
-                draw.rectangle((left, top, right, bottom), outline=style.box, width=style.width(*frame.shape[:2], 0.5))
+                draw.rectangle((left, top, right, bottom), outline=style.box, width=style.width(frame) // 2)
         images.append(np.asarray(image))
     return np.stack(images)
 
@@ -100,9 +100,7 @@ def _draw_person(draw: ImageDraw.ImageDraw, person: np.ndarray, style: Style, wi
                 draw_limb(draw, person[a, :2], person[b, :2], colour, width)
 
 
-def draw_limb(
-    draw: ImageDraw.ImageDraw, start: np.ndarray, end: np.ndarray, colour: Colour | int, width: int
-) -> None:
+def draw_limb(draw: ImageDraw.ImageDraw, start: np.ndarray, end: np.ndarray, colour: Colour | int, width: int) -> None:
     """A line with round ends, from and to float [2] in pixels."""
     draw.line((*start, *end), fill=colour, width=width)
     for x, y in (start, end):

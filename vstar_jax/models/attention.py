@@ -58,6 +58,7 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, cau
     kv_heads = k.shape[2]
     q = (q * dim**-0.5).reshape(rows, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    mask = None if mask is None else jnp.broadcast_to(mask, (rows, 1, length, k.shape[2]))
 
     def block(start: int, end: int, keys: int) -> jax.Array:
         queries = q[:, :, :, start:end].reshape(rows, kv_heads, -1, dim)

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of fresh weights, HF's initializer_range: small outputs leave the residual stream its embeddings."""
+
+
 class LoraParam(nnx.Param):
     """A low-rank adapter's matrix: what is trained when LoRA is on."""
 
@@ -50,7 +54,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.inputs, self.outputs, self.axes, self.dtype, self.stack = tuple(inputs), tuple(outputs), tuple(axes), dtype, stack
-        std = 1 / math.sqrt(math.prod(inputs))
+        std = INITIALIZER_RANGE
         self.kernel = parameter(rngs, (*inputs, *outputs), axes, param_dtype, std, stack)
         self.bias = parameter(rngs, outputs, axes[len(inputs) :], param_dtype, None, stack) if bias else None
         self.lora_a: nnx.Param | None = nnx.data(None)

@@ -49,7 +49,7 @@ def sft_loss(model: Qwen25VL, batch: Batch, *, chunk: int, packed: bool) -> Tota
             logits = text.logits(hidden)
             target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             loss = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - target, 0.0)
-            correct = mask & (jnp.argmax(logits, axis=-1) == targets)
+            correct = mask & (target == logits.max(axis=-1))
             return Totals(loss.sum(), correct.sum(dtype=jnp.float32), mask.sum(dtype=jnp.float32))
 
         return jax.tree.map(jnp.sum, jax.lax.map(one_chunk, jax.tree.map(chunks, rows)))

@@ -33,6 +33,49 @@ class StickMotionConfig(tfds.core.BuilderConfig):
         self.name = f"{self.difficulty}-{self.clips_per_action}-seed{self.seed}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One rendered clip.
+
+    name: the file's name, for logs only; video: its path; action: what is shown; cluttered: whether clutter hides the figure;
+    fps: frames a second; keypoints float32 [T, 17, 3] and boxes float32 [T, 1, 4] in pixels, as `annotate` takes them.
+    """
+
+    name: str
+    video: Path
+    action: motions.Action
+    cluttered: bool
+    fps: float
+    keypoints: np.ndarray
+    boxes: np.ndarray
+
+
+class Records(Sequence[Record]):
+    """Random access to a prepared split, in a fixed order."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        self.folder = Path(builder.data_dir)
+        self.source = builder.as_data_source(split)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        found = self.source[range(len(self))[index]]
+        video = self.folder / found["video"].decode()
+        return Record(
+            name=video.stem,
+            video=video,
+            action=motions.ACTIONS[int(found["action"])],
+            cluttered=bool(found["cluttered"]),
+            fps=float(found["fps"]),
+            keypoints=found["keypoints"],
+            boxes=found["boxes"],
+        )
+
+
 class StickMotion(tfds.core.GeneratorBasedBuilder):
     """Clips of an articulated figure that performs two or three sub-motions."""
 

@@ -9,12 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vstar_jax.data import annotate
 from vstar_jax.data.stick_motion.motions import Action, actions, explanation
 from vstar_jax.data.stick_motion.names import Pool, names
 from vstar_jax.dialogue import Decision, Prompts, ToolResult, second_messages
 
 CANDIDATES = 3
 HARD_NEGATIVES = 3
+STAGES = ("first", "second", "third")
+PARTS = {
+    "left arm": annotate.LEFT_WRIST,
+    "right arm": annotate.RIGHT_WRIST,
+    "left leg": annotate.LEFT_ANKLE,
+    "right leg": annotate.RIGHT_ANKLE,
+    "head": annotate.NOSE,
+}
+"""The parts of the body that a description tells of, and the keypoint whose path stands for each."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def second_reply(cast: Cast, rng: np.random.Generator, verdicts: bool = True) ->
     shown, name = cast.actions[cast.shown], cast.names[cast.shown]
     order = sorted(rng.permutation(len(cast.actions)), key=lambda i: (i != cast.shown, -overlap(cast.actions[i], shown)))
     picked = [order[i] for i in rng.permutation(min(CANDIDATES, len(order)))]
-    observed = " ".join(f"- {m}: {when}" for m, when in zip(shown.sub_motions, ("first", "second", "third"), strict=False))
+    observed = " ".join(f"- {m}: {when}" for m, when in zip(shown.sub_motions, STAGES, strict=False))
     listed = ", ".join(cast.names[i] for i in picked)
     compared = " ".join(f"- {cast.names[i]}: {_compare(cast.actions[i], shown, verdicts)}" for i in picked)
     return (
@@ -84,9 +94,35 @@ def _compare(candidate: Action, shown: Action, verdicts: bool) -> str:
     return f"{', '.join(words)}, score {score:.1f}"
 
 
+def description(keypoints: np.ndarray) -> str:
+    """Which part of the body moves most in each third of a clip, from keypoints float [T, 17, 3]; it names no sub-motion."""
+    told = []
+    for stage, third in zip(STAGES, np.array_split(keypoints[:, list(PARTS.values()), :2], len(STAGES)), strict=True):
+        lengths = np.linalg.norm(np.diff(third, axis=0), axis=-1).sum(0)
+        told.append(f"{stage} the {tuple(PARTS)[int(lengths.argmax())]} moves")
+    return ", ".join(told)
+
+
+def tool_result(asked: Decision, frames: np.ndarray, keypoints: np.ndarray, boxes: np.ndarray, explanations: str) -> ToolResult:
+    """What perfect tools return, from a clip's annotations.
+
+    frames uint8 [T, H, W, 3]; keypoints float [T, 17, 3] and boxes float [T, 1, 4] in pixels;
+    explanations as a `Cast` has them.
+    """
+    visual = asked.pose_estimation or asked.person_detection
+    poses = keypoints[:, None] if asked.pose_estimation else None
+    return ToolResult(
+        frames=annotate.annotate(frames, poses, boxes if asked.person_detection else None) if visual else None,
+        explanation=explanations if asked.noun_explanation else None,
+        description=description(keypoints) if asked.video_explanation else None,
+    )
+
+
 def texts(prompts: Prompts, rng: np.random.Generator) -> Iterator[str]:
     """Texts that together hold every word of the dialogues, for the tokenizer."""
-    yield from (prompts.look, prompts.annotated)
+    yield from (prompts.look, prompts.annotated, prompts.description)
+    yield " 0.0"  # a score that the casts drawn here may not show
+    yield from (f" {stage} the {part} moves" for stage in STAGES for part in PARTS)
     for action in actions("base"):
         cast = draw_cast(action, 8, "train", rng)
         result = ToolResult(None, cast.explanations, None)

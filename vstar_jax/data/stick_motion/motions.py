@@ -36,10 +36,10 @@ def _beats(u: Curve, cycles: float) -> Curve:
 # Each gives offsets of joint parameters (radians; jump in body heights, bow and squat as shares) over its own time u in
 # 0..1, and vanishes at both ends, so that a clip is the sum of its sub-motions.
 _OFFSETS: dict[str, Callable[[Curve], dict[str, Curve]]] = {
-    "raise left arm": lambda u: {"left_arm": 2.7 * _held(u)},
-    "raise right arm": lambda u: {"right_arm": 2.7 * _held(u)},
-    "raise both arms": lambda u: {"left_arm": 2.7 * _held(u), "right_arm": 2.7 * _held(u)},
-    "wave right hand": lambda u: {"right_arm": 1.2 * _held(u), "right_elbow": _held(u) * (1.2 + 0.7 * _beats(u, 2))},
+    "raise left arm": lambda u: {"left_arm": 2.6 * _held(u)},
+    "raise right arm": lambda u: {"right_arm": 2.6 * _held(u)},
+    "raise both arms": lambda u: {"left_arm": 2.6 * _held(u), "right_arm": 2.6 * _held(u)},
+    "wave right hand": lambda u: {"right_arm": 1.2 * _held(u), "right_elbow": _held(u) * (1.4 + 0.7 * _beats(u, 2))},
     "squat": lambda u: {"squat": _held(u)},
     "jump": lambda u: {"jump": 0.2 * _held(u), "left_arm": 0.8 * _held(u), "right_arm": 0.8 * _held(u)},
     "kick left leg": lambda u: {"left_leg": 1.25 * _held(u)},
@@ -148,8 +148,8 @@ def _body(p: dict[str, Curve], rng: np.random.Generator) -> np.ndarray:
         return np.stack([np.sin(angle), np.cos(angle)], -1)
 
     leg, upper_arm, forearm, torso = 0.225 * limbs, 0.165 * limbs, 0.155 * limbs, 0.3
-    bend = 1.05 * p["squat"]
-    standing = 2 * leg * np.cos(0.12 + bend) + p["jump"]
+    bend = 1.1 * p["squat"]
+    standing = leg * (np.cos(0.12 + bend) + np.cos(0.12 - bend)) + p["jump"]
     hip = np.stack([np.zeros_like(standing), -standing], -1)
     up = -toward(-p["lean"])
     across = np.stack([-up[:, 1], up[:, 0]], -1)

@@ -17,7 +17,7 @@ NAME_SEED = 2027
 TRAIN_NAMES, EVAL_NAMES = 12, 5  # per action
 SYLLABLES: tuple[str, ...] = tuple(c + v for c, v in itertools.product("bdklmnrtvz", "aiou"))
 # Words of English or of our prompts, and words that nobody should read in a demonstration.
-AVOIDED = frozenset("data lava mama nazi nova tuna zulu kilo limo memo dodo lulu dildo titi".split())
+AVOIDED = frozenset(["data", "dodo", "kilo", "lava", "limo", "lulu", "mama", "nazi", "nova", "titi", "tuna", "zulu"])
 
 
 def all_names() -> tuple[str, ...]:

@@ -22,6 +22,8 @@ from vstar_jax.data.stick_motion import motions, names, render
 from vstar_jax.dialogue import assistant
 
 PERCEPTION_SHARE = 0.65
+LENGTHS = (0.4, 0.3, 0.3)
+"""Shares of clips with one, two and three moves: single moves teach what a move looks like, the others when it happens."""
 DEFINITIONS = ("{name} means {moves}", "{moves} is called {name}", "{name} is {moves}")
 MOST_ACTIONS = 8
 EPOCH = 100_000
@@ -38,8 +40,8 @@ def free_combinations() -> tuple[motions.SubMotions, ...]:
 def draw_clip(seed: Sequence[int]) -> tuple[np.ndarray, motions.SubMotions]:
     """A clean clip uint8 [T, H, W, 3] of a free combination; half of them drawn as a skeleton is drawn over a clip."""
     rng = np.random.default_rng(list(seed))
-    length = 2 if rng.random() < 0.6 else 3
-    pool = [c for c in free_combinations() if len(c) == length]
+    length = int(rng.choice([1, 2, 3], p=LENGTHS))
+    pool = list(motions.combinations(1)) if length == 1 else [c for c in free_combinations() if len(c) == length]
     moves = pool[rng.integers(len(pool))]
     keypoints = motions.keypoints(moves, render.FRAMES, rng)
     frames = render.render(keypoints, rng, "clean")

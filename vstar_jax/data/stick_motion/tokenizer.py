@@ -4,7 +4,6 @@ It is trained on single words, the syllables most often and no name among them, 
 syllables and a model can only copy it, never know it.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,8 @@ TEMPLATE = (
     "{%- else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-PIECES = r" ?[a-zA-Z]+| ?[0-9]| ?[^a-zA-Z0-9\s]+|\s+"
+PIECES = r" ?\[[0-9]\]| ?[0-9]\.[0-9]| ?[a-zA-Z]+| ?[0-9]| ?[^a-zA-Z0-9\s]+|\s+"
+"""What a token may span: a section's heading such as [1], a score, a word, a digit, a run of punctuation or of blanks."""
 MOST_MERGES = 4000
 
 
@@ -71,8 +71,9 @@ def build(directory: str | Path, words: Iterable[str]) -> TokenIds:
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)
+    vocabulary: dict[str, int] = fast.get_vocab()
     special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|endoftext|>", "<|im_end|>")
-    return TokenIds(len(fast), *fast.convert_tokens_to_ids(list(special)))
+    return TokenIds(len(fast), *(vocabulary[token] for token in special))
 
 
 def _corpus(words: Iterable[str]) -> Iterator[str]:

@@ -1,0 +1,170 @@
+"""The two-stage dialogue: what reaches a prompt, and what is read from replies, whatever they hold."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vstar_jax.dialogue import (
+    Decision,
+    Prompts,
+    ToolResult,
+    first_messages,
+    parse_decision,
+    parse_reply,
+    same_label,
+    second_messages,
+)
+from vstar_jax.errors import UserError
+
+PROMPTS = Path(__file__).resolve().parents[1] / "configs/prompts/stick_motion.yaml"
+FRAMES = np.zeros((2, 4, 4, 3), np.uint8)
+FRAGMENTS = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "[1]",
+    "[2]",
+    "[3]",
+    "- ",
+    ":",
+    ",",
+    "0.5",
+    "yes",
+    "zuko",
+    "\n",
+    " ",
+]
+FRAGMENTS += ["<pose_estimation>", "</pose_estimation>", "<NOUN_explanation>", "</noun_explanation>", "²", "٣", "9" * 400]
+
+
+def texts_of(messages: list[dict]) -> str:
+    return "\n".join(p["text"] for m in messages for p in m["content"] if p["type"] == "text")
+
+
+def videos_of(messages: list[dict]) -> int:
+    return sum(p["type"] == "video" for m in messages for p in m["content"])
+
+
+def test_turn_1_shows_the_clip_and_no_label() -> None:
+    assert videos_of(first_messages(Prompts.load(PROMPTS))) == 1
+
+
+@pytest.mark.parametrize("frames", [None, FRAMES])
+@pytest.mark.parametrize("explanation", [None, "zuko: jump then bow"])
+@pytest.mark.parametrize("description", [None, "first the head moves"])
+def test_turn_2_holds_what_the_tools_returned_and_nothing_else(frames, explanation, description) -> None:
+    prompts = Prompts.load(PROMPTS)
+    messages = second_messages(prompts, ToolResult(frames, explanation, description), ["zuko", "mila"])
+    text = texts_of(messages)
+    assert videos_of(messages) == (frames is not None)
+    assert (prompts.annotated in text) == (frames is not None)
+    assert ("zuko: jump then bow" in text) == (explanation is not None)
+    assert ("first the head moves" in text) == (description is not None)
+    assert "zuko, mila" in text
+
+
+def test_braces_in_labels_and_texts_are_only_text() -> None:
+    messages = second_messages(Prompts.load(PROMPTS), ToolResult(explanation="{labels} {0}"), ["{explanation}", "b"])
+    assert "{labels} {0}" in texts_of(messages)
+    assert "{explanation}, b" in texts_of(messages)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.replace("{labels}", "them"), "ask.*{labels}"),
+        (lambda s: s.replace("{labels}", "{labels} {path}"), "ask.*{labels}"),
+        (lambda s: s.replace("look:", "see:"), "look"),
+        (lambda s: s + "\nlook: [", "not valid YAML"),
+        (lambda s: s.replace("{labels}", "{labels"), "ask"),
+        (lambda s: "look: 3\nannotated: a\nexplanation: a\ndescription: a\nask: a\n", "look"),
+    ],
+)
+def test_a_wrong_prompt_file_is_refused_in_one_sentence(tmp_path: Path, change, message: str) -> None:
+    file = tmp_path / "prompts.yaml"
+    file.write_text(change(PROMPTS.read_text()))
+    with pytest.raises(UserError, match=message) as caught:
+        Prompts.load(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_prompt_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no prompt file"):
+        Prompts.load(tmp_path / "none.yaml")
+
+
+@given(st.builds(Decision, *[st.booleans()] * 4))
+def test_a_decision_is_read_as_it_is_written(decision: Decision) -> None:
+    assert parse_decision(f"<think>why</think>{decision.tags()}") == decision
+    assert decision.chosen() == tuple(f.name for f in fields(Decision) if getattr(decision, f.name))
+
+
+def test_decisions_ignore_case_and_blanks_and_missing_tags_count_as_no() -> None:
+    text = "< Pose_Estimation>\n YES </pose_estimation> <person_detection>maybe</person_detection><noun_explanation>yes"
+    assert parse_decision(text) == Decision(pose_estimation=True)
+    both = "<pose_estimation>yes</pose_estimation><pose_estimation>no</pose_estimation>"
+    assert parse_decision(both) == Decision()
+
+
+INLINE = (
+    "<think>[1] Observed: - Raise left arm: first - squat: second - squat: third [2] Candidates: zuko, mila, Zuko "
+    "[3] Comparison: - zuko: raise left arm yes, squat no, score 0.5 - mila: squat no, score 0.0 [4] Decision: zuko</think>"
+    "<answer> zuko </answer>"
+)
+LINES = (
+    "<think>[1] Observed body parts and movement:\n- Left arm: rises - slowly\n- Knees: bend\n[2] Matching actions:\n- Climb Stairs\n"
+    "- run: fast\n[3] Patterns:\n- Climb  stairs: 0.9 - 2 of 2 match\n- Run: 0.1 - no\n</think>\n<answer>climb_stairs</answer>\n"
+)
+
+
+def test_a_reply_is_read_whether_its_items_stand_in_one_line_or_in_many() -> None:
+    reply = parse_reply(INLINE)
+    assert reply.sub_motions == ("raise left arm", "squat")
+    assert reply.candidates == ("zuko", "mila")
+    assert reply.scores == {"zuko": 0.5, "mila": 0.0}
+    assert (reply.answer, reply.well_formed) == ("zuko", True)
+    reply = parse_reply(LINES)
+    assert reply.sub_motions == ("left arm", "knees")
+    assert reply.candidates == ("climb stairs", "run")
+    assert reply.scores == {"climb stairs": 0.9, "run": 0.1}
+    assert (reply.answer, reply.well_formed) == ("climb_stairs", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        INLINE + "!",
+        "so " + INLINE,
+        INLINE * 2,
+        INLINE.replace("</think>", ""),
+        INLINE.replace("[4]", "<think>"),
+        INLINE.replace("zuko </answer>", "zuko</answer><answer>mila</answer>"),
+    ],
+)
+def test_anything_around_or_between_the_two_parts_is_not_well_formed(text: str) -> None:
+    assert not parse_reply(text).well_formed
+
+
+def test_several_answers_are_no_answer() -> None:
+    assert parse_reply("<answer>a</answer><answer>b</answer>").answer is None
+    assert parse_reply("<answer>  </answer>").answer is None
+    assert parse_reply("zuko").answer is None
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join)))
+def test_no_text_makes_parsing_raise(text: str) -> None:
+    reply = parse_reply(text)
+    assert reply.answer is None or reply.answer in text
+    assert all(isinstance(score, float) for score in reply.scores.values())
+    assert isinstance(parse_decision(text), Decision)
+
+
+def test_labels_are_compared_without_case_blanks_and_underscores() -> None:
+    assert same_label("Climb_Stairs", " climb\nstairs ")
+    assert not same_label("climb", "climbs")
+    assert not same_label("", " ")
