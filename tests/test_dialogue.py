@@ -116,10 +116,19 @@ INLINE = (
     "[3] Comparison: - zuko: raise left arm yes, squat no, score 0.5 - mila: squat no, score 0.0 [4] Decision: zuko</think>"
     "<answer> zuko </answer>"
 )
-LINES = (
-    "<think>[1] Observed body parts and movement:\n- Left arm: rises - slowly\n- Knees: bend\n[2] Matching actions:\n- Climb Stairs\n"
-    "- run: fast\n[3] Patterns:\n- Climb  stairs: 0.9 - 2 of 2 match\n- Run: 0.1 - no\n</think>\n<answer>climb_stairs</answer>\n"
-)
+LINES = """<think>
+[1] Observed body parts and movement:
+- Left arm: rises - slowly
+- Knees: bend
+[2] Matching actions:
+- Climb Stairs
+- run: fast
+[3] Patterns:
+- Climb  stairs: 0.9 - 2 of 2 match
+- Run: 0.1 - no
+</think>
+<answer>climb_stairs</answer>
+"""
 
 
 def test_a_reply_is_read_whether_its_items_stand_in_one_line_or_in_many() -> None:

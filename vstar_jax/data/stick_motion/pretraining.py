@@ -8,7 +8,6 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -104,8 +103,8 @@ class Lessons:
         patches, moves = self.clips
         index = int(rng.integers(len(patches)))
         clip = ProcessedClip(np.asarray(patches[index]), (render.FRAMES // 2, 4, 4), 1.0)
-        question = {"type": "text", "text": "Name the moves."}
-        messages = [{"role": "user", "content": [{"type": "video"}, question]}, assistant(", ".join(moves[index]))]
+        task = {"type": "text", "text": "Name the moves."}
+        messages = [{"role": "user", "content": [{"type": "video"}, task]}, assistant(", ".join(moves[index]))]
         return self.chat.encode(messages, [clip])
 
 
