@@ -91,8 +91,8 @@ class DataConfig:
     difficulty: Literal["clean", "mixed", "cluttered"] = "mixed"
     clips_per_action: int = 40
     labels: int = 8
-    tokens: tuple[int, ...] = (384, 512)
-    patches: tuple[int, ...] = (256, 512)
+    tokens: tuple[int, ...] = (64, 128, 192, 256, 400, 512)
+    patches: tuple[int, ...] = (128, 256)
     pack: bool = False
     prompts: str = "configs/prompts/stick_motion.yaml"
     threads: int = 2

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-
 INITIALIZER_RANGE = 0.02
 """Standard deviation of fresh weights, HF's initializer_range: small outputs leave the residual stream its embeddings."""
 

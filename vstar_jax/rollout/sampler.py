@@ -79,9 +79,7 @@ def decode(
         logits, cache = model.decode(token, positions, ~done, cache)
         return at + 1, done | jnp.isin(token, stop_ids), logits, positions + ~done, cache, completion
 
-    empty = Completion(
-        jnp.zeros((rows, limit), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, limit), jnp.float32)
-    )
+    empty = Completion(jnp.zeros((rows, limit), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, limit), jnp.float32))
     start = (jnp.int32(0), jnp.zeros(rows, bool), logits, positions, cache, empty)
     *_, cache, completion = jax.lax.while_loop(more, step, start)
     return completion, cache

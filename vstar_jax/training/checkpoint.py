@@ -92,11 +92,13 @@ class _DiskErrors:
 
     def __exit__(self, kind, error, traceback) -> None:
         text = str(error)
-        refused = isinstance(error, OSError) or any(w in text for w in ("RESOURCE_EXHAUSTED", "No space left", "File too large"))
+        refused = isinstance(error, OSError) or any(
+            w in text for w in ("RESOURCE_EXHAUSTED", "No space left", "File too large")
+        )
         if error is not None and refused:
             raise UserError(
-                f"the checkpoint cannot be written to {self.checkpointer.directory} ({text.splitlines()[0]}): free some space and "
-                f"run the same command again, it resumes from step {self.checkpointer.latest() or 0}."
+                f"the checkpoint cannot be written to {self.checkpointer.directory} ({text.splitlines()[0]}): free some space "
+                f"and run the same command again, it resumes from step {self.checkpointer.latest() or 0}."
             ) from error
 
 

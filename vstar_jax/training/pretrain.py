@@ -23,7 +23,7 @@ from vstar_jax.data.stick_motion.names import all_names, pool_names
 from vstar_jax.data.stick_motion.pretraining import Lessons
 from vstar_jax.dialogue import Prompts
 from vstar_jax.models import hf
-from vstar_jax.models.config import TINY, Architecture
+from vstar_jax.models.config import TINY
 from vstar_jax.models.qwen2_5_vl import create
 from vstar_jax.training.sft import train
 
@@ -70,7 +70,7 @@ def pretrain(out: Path, work: Path, steps: int, clips: int, seed: int) -> None:
         run_dir=str(work),
         policy=PolicyConfig(path=str(blank)),
         data=DataConfig(tokens=(256,), patches=(256,), pack=True),
-        sft=SftConfig(steps=steps, batch_size=32, learning_rate=2e-3, warmup=100, save_every=100),
+        sft=SftConfig(steps=steps, batch_size=32, learning_rate=1.5e-3, warmup=50, save_every=100),
     )
     mesh = sharding.make_mesh(config.mesh)
     chat = Chat(blank, config.video)
@@ -80,4 +80,4 @@ def pretrain(out: Path, work: Path, steps: int, clips: int, seed: int) -> None:
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), run.state.params)
     model = nnx.merge(run.graphdef, params, run.state.frozen)
     hf.save(model, out, like=blank)
-    print(f"wrote {out}: {Architecture.from_hf(out).text.layers} decoder layers, now write its model card from {work}/metrics.jsonl")
+    print(f"wrote {out}; its training curve is in {work}/metrics.jsonl")

@@ -82,8 +82,8 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
                 bar.update()
                 if values["sft/loss"] != values["sft/loss"]:
                     raise UserError(
-                        f"the loss is not a number at step {step}: lower sft.learning_rate or sft.max_grad_norm and start again "
-                        f"from the checkpoint of step {checkpointer.latest() or 0}."
+                        f"the loss is not a number at step {step}: lower sft.learning_rate or sft.max_grad_norm and start "
+                        f"again from the checkpoint of step {checkpointer.latest() or 0}."
                     )
                 if step % sft.save_every == 0 or step == sft.steps or stops:
                     checkpointer.save(state, batches.get_state())

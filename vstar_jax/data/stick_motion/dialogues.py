@@ -37,8 +37,10 @@ class Cast:
 
     @property
     def explanations(self) -> str:
-        """A line "name: explanation" for each label."""
-        lines = (f"{name}: {explanation(action.sub_motions)}" for name, action in zip(self.names, self.actions, strict=True))
+        """A line "- name: explanation" for each label; a name has a blank before it everywhere, so that it is always two tokens
+        of one kind.
+        """
+        lines = (f"- {name}: {explanation(action.sub_motions)}" for name, action in zip(self.names, self.actions, strict=True))
         return "\n".join(lines)
 
 
@@ -82,7 +84,7 @@ def second_reply(cast: Cast, rng: np.random.Generator, verdicts: bool = True) ->
     compared = " ".join(f"- {cast.names[i]}: {_compare(cast.actions[i], shown, verdicts)}" for i in picked)
     return (
         f"<think>[1] Observed: {observed} [2] Candidates: {listed} [3] Comparison: {compared} [4] Decision: {name}</think>"
-        f"<answer>{name}</answer>"
+        f"<answer> {name}</answer>"
     )
 
 

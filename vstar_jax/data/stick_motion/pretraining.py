@@ -21,9 +21,9 @@ from vstar_jax.data.stick_motion import motions, names, render
 from vstar_jax.dialogue import assistant
 
 PERCEPTION_SHARE = 0.65
-LENGTHS = (0.4, 0.3, 0.3)
+LENGTHS = (0.4, 0.4, 0.2)
 """Shares of clips with one, two and three moves: single moves teach what a move looks like, the others when it happens."""
-DEFINITIONS = ("{name} means {moves}", "{moves} is called {name}", "{name} is {moves}")
+DEFINITIONS = ("A {name} means {moves}", "The {moves} is called {name}", "A {name} is {moves}")
 MOST_ACTIONS = 8
 EPOCH = 100_000
 """Draws that the shuffled source counts as an epoch; every draw is fresh in any case."""
@@ -51,16 +51,19 @@ def draw_clip(seed: Sequence[int]) -> tuple[np.ndarray, motions.SubMotions]:
 
 def lookup_texts(rng: np.random.Generator) -> tuple[str, str]:
     """A question that defines up to eight new names, and the reply: three compared move by move, and the one that fits."""
-    pool = free_combinations()
+    length = int(rng.integers(2, 4))
+    pool = [c for c in free_combinations() if len(c) == length]
     count = int(rng.choice([2, 3, 3, 4, 4, 5, 6, MOST_ACTIONS]))
     shown = pool[rng.integers(len(pool))]
     combinations = [shown]
     while len(combinations) < count:
-        other = list(pool[rng.integers(len(pool))])
+        other = list(
+            free_combinations()[rng.integers(len(free_combinations()))] if rng.random() < 0.3 else pool[rng.integers(len(pool))]
+        )
         if rng.random() < 0.5:  # a near miss: one move of the shown one changed
             other = list(shown)
             other[rng.integers(len(other))] = motions.SUB_MOTIONS[rng.integers(len(motions.SUB_MOTIONS))]
-        if tuple(other) in pool and tuple(other) not in combinations:
+        if tuple(other) in free_combinations() and tuple(other) not in combinations:
             combinations.append(tuple(other))
     allowed = sorted(set(names.all_names()) - names.pool_names("eval"))
     called = dict(zip(combinations, rng.choice(allowed, count, replace=False).tolist(), strict=True))
@@ -69,7 +72,7 @@ def lookup_texts(rng: np.random.Generator) -> tuple[str, str]:
     lines = [template.format(name=called[c], moves=motions.explanation(c)) for c in order]
     near = sorted(order, key=lambda c: (c != shown, -_same(c, shown)))[:3]
     near = [near[i] for i in rng.permutation(len(near))]
-    checks = [f"{called[c]} is {', '.join(_verdicts(c, shown))}" for c in near]
+    checks = [f"A {called[c]} is {', '.join(_verdicts(c, shown))}" for c in near]
     question = "\n".join([*lines, f"Seen: {', '.join(shown)}. What is it called?"])
     return question, "\n".join([*checks, f"It is called {called[shown]}"])
 
@@ -104,7 +107,7 @@ class Lessons:
         index = int(rng.integers(len(patches)))
         clip = ProcessedClip(np.asarray(patches[index]), (render.FRAMES // 2, 4, 4), 1.0)
         task = {"type": "text", "text": "Name the moves."}
-        messages = [{"role": "user", "content": [{"type": "video"}, task]}, assistant(", ".join(moves[index]))]
+        messages = [{"role": "user", "content": [{"type": "video"}, task]}, assistant(f"It is {', '.join(moves[index])}")]
         return self.chat.encode(messages, [clip])
 
 

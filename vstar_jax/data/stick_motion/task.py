@@ -61,9 +61,7 @@ class StickMotion:
             assistant(second_reply(cast, rng)),
         ]
         shown = [clip.frames] if result.frames is None else [clip.frames, result.frames]
-        return self.chat.encode(
-            messages, [self.chat.clip(frames, clip.fps) for frames in shown], target=self.config.sft.target
-        )
+        return self.chat.encode(messages, [self.chat.clip(frames, clip.fps) for frames in shown], target=self.config.sft.target)
 
     def episode(self, record: Record, rng: np.random.Generator) -> Episode | None:
         """An episode with fresh names from the evaluation pool, or None when the clip cannot be read."""
