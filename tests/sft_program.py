@@ -17,7 +17,9 @@ def main() -> None:
     config = load(sys.argv[1])
     mesh = make_mesh(config.mesh)
     task = make_task(config, Chat(config.policy.path, config.video))
-    train(load_policy(config, mesh), train_batches(task.train_records(), task.example, config), config, mesh, Path(config.run_dir))
+    train(
+        load_policy(config, mesh), train_batches(task.train_records(), task.example, config), config, mesh, Path(config.run_dir)
+    )
 
 
 if __name__ == "__main__":

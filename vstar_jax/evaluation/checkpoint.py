@@ -55,13 +55,13 @@ def restore(checkpoint: str, config: Config, mesh: Mesh) -> tuple[Any, Any]:
             lora.add(model, config.policy.lora, config.seed)
         else:
             model = abstract(architecture, config.policy)
-        graphdef, params, frozen = nnx.split(model, lora.trainable(config.policy.lora), ...)
+        graphdef, params, *rest = nnx.split(model, lora.trainable(config.policy.lora), ...)
         targets = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, state_shardings(params, mesh)
         )
         params = checkpointer.restore_params(targets)
     checkpointer.close()
-    return graphdef, nnx.merge_state(params, frozen)
+    return graphdef, nnx.merge_state(params, *rest)
 
 
 def measure(checkpoint: str, config: Config, mesh: Mesh, out: str | None) -> dict[str, Any]:

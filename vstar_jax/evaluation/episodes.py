@@ -40,23 +40,23 @@ class EpisodeRunner:
 
     def __init__(self, graphdef: Any, state: Any, chat: Chat, prompts: Prompts, config: Config, mesh: Mesh):
         self.state, self.chat, self.prompts, self.config, self.mesh = state, chat, prompts, config, mesh
-        sampling = dict(limit=config.evaluation.max_new_tokens, temperature=config.evaluation.temperature)
+        limit, temperature = config.evaluation.max_new_tokens, config.evaluation.temperature
         stop_ids = jnp.asarray(chat.stop_ids, jnp.int32)
 
         @jax.jit
         def first(state, batch: Batch, positions, keys) -> tuple[Completion, KVCache]:
             model = nnx.merge(graphdef, state)
             rows, length = batch.tokens.shape
-            cache = KVCache.empty(model.text.cfg, rows, length + sampling["limit"], model.text.dtype)
+            cache = KVCache.empty(model.text.cfg, rows, length + limit, model.text.dtype)
             logits, cache = prefill(model, batch, cache)
-            return decode(model, logits, positions, cache, keys, stop_ids, **sampling)
+            return decode(model, logits, positions, cache, keys, stop_ids, limit=limit, temperature=temperature)
 
         @partial(jax.jit, donate_argnames="cache")
         def following(state, batch: Batch, positions, keys, cache: KVCache) -> tuple[Completion, KVCache]:
             model = nnx.merge(graphdef, state)
-            cache = cache.grown(batch.tokens.shape[1] + sampling["limit"])
+            cache = cache.grown(batch.tokens.shape[1] + limit)
             logits, cache = prefill(model, batch, cache)
-            return decode(model, logits, positions, cache, keys, stop_ids, **sampling)
+            return decode(model, logits, positions, cache, keys, stop_ids, limit=limit, temperature=temperature)
 
         self.first, self.following = first, following
 

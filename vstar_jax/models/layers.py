@@ -69,8 +69,10 @@ class Linear(nnx.Module):
         self.lora_scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        lead = x.ndim - len(self.inputs)
-        shape, x = x.shape[:lead], x.reshape(-1, *self.inputs)
+        # One axis of rows makes the kernel's gradient a product of two matrices; with more of them XLA on CPU first writes a
+        # transposed copy, computing what it is made of (the gradient of SwiGLU) in strides that miss the cache.
+        shape = x.shape[: x.ndim - len(self.inputs)]
+        x = x.reshape(-1, *self.inputs)
         y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), len(self.inputs))
         if self.bias is not None:
             y += self.bias[...].astype(self.dtype)

@@ -91,4 +91,4 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
                     checkpointer.close()
                     raise Interrupted(step, stops[0])
         checkpointer.close()
-    return SftRun(graphdef, state, step_fn._cache_size())
+    return SftRun(graphdef, state, step_fn._cache_size()  # type: ignore[attr-defined])

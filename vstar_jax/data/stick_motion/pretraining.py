@@ -85,7 +85,7 @@ def _verdicts(candidate: motions.SubMotions, shown: motions.SubMotions) -> list[
     return [f"{m} {'yes' if i < len(shown) and shown[i] == m else 'no'}" for i, m in enumerate(candidate)]
 
 
-class Lessons:
+class Lessons(Sequence[int]):
     """The records and examples of pretraining; clips are drawn once into `folder` by two processes."""
 
     def __init__(self, chat: Chat, video: VideoConfig, folder: Path, clips: int, seed: int):
@@ -95,8 +95,8 @@ class Lessons:
     def __len__(self) -> int:
         return EPOCH
 
-    def __getitem__(self, index: int) -> int:
-        return index
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return range(EPOCH)[index]
 
     def example(self, record: int, rng: np.random.Generator) -> Example:
         """A perception or a look-up lesson, drawn with `rng`."""

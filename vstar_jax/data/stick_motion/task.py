@@ -24,7 +24,7 @@ class StickMotion:
     counts: how the training and evaluation clips were read, and how many could not be.
     """
 
-    groups = ("base", "novel")
+    groups: tuple[str, ...] = ("base", "novel")
 
     def __init__(self, config: Config, chat: Chat):
         self.config, self.chat, self.counts = config, chat, ReadCounts()
