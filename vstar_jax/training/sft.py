@@ -91,4 +91,5 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
                     checkpointer.close()
                     raise Interrupted(step, stops[0])
         checkpointer.close()
-    return SftRun(graphdef, state, step_fn._cache_size()  # type: ignore[attr-defined])
+    compilations = step_fn._cache_size()  # type: ignore[attr-defined]
+    return SftRun(graphdef, state, compilations)
