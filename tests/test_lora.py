@@ -105,7 +105,7 @@ def test_only_adapters_are_trained(model, batch):
         params, frozen = jax.device_get((state.params, state.frozen))
         names = {key[-1] for key, _ in nnx.to_flat_state(params)}
         assert names == {"lora_a", "lora_b"}
-        state, _ = make_train_step(graphdef, optimizer, SftConfig(chunk=8), False)(state, put_batch(batch, mesh))
+        state, _ = make_train_step(graphdef, optimizer, SftConfig(chunk=8), False, state)(state, put_batch(batch, mesh))
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         assert not np.array_equal(before, after)
     for before, after in zip(jax.tree.leaves(frozen), jax.tree.leaves(state.frozen), strict=True):

@@ -98,7 +98,7 @@ def step_on(mesh_text: str, policy: PolicyConfig = PolicyConfig(), accumulate: i
         model = nnx.merge(graphdef, jax.device_put(weights, state_shardings(weights, mesh)))
         optimizer = optax.trace(decay=0.0)
         graphdef, state = create_state(model, optimizer, LoraConfig(), mesh, 0)
-        step = make_train_step(graphdef, optimizer, SftConfig(chunk=CHUNK, accumulate=accumulate), False)
+        step = make_train_step(graphdef, optimizer, SftConfig(chunk=CHUNK, accumulate=accumulate), False, state)
         placed = put_batch(batch, mesh)
         compiled = step.lower(state, placed).compile()
         params = flat(state.params)

@@ -255,7 +255,7 @@ def test_a_cast_is_drawn_from_the_actions_group_and_the_pool(pool) -> None:
         assert len(set(cast.actions)) == len(set(cast.names)) == LABELS
         assert len({a.group for a in cast.actions}) == 1
         assert set(cast.names) <= names.pool_names(pool)
-        assert cast.explanations.splitlines() == [f"{n}: {names.glossary()[n]}" for n in cast.names]
+        assert cast.explanations.splitlines() == [f"- {n}: {names.glossary()[n]}" for n in cast.names]
         near = [dialogues.overlap(a, cast.actions[cast.shown]) for a in cast.actions]
         assert sum(n > 0 for n in near) >= 2  # the shown action and a hard negative at least
 

@@ -63,7 +63,7 @@ class Ours:
         graphdef, self.state = create_state(model, optimizer, PolicyConfig().lora, mesh, seed=0)
         batch = collate([[d] for d in dialogues], (len(dialogues[0].tokens),), (len(dialogues[0].patches),))
         self.batch = sharding.put_batch(batch, mesh)
-        step: Any = make_train_step(graphdef, optimizer, config, packed=False)
+        step: Any = make_train_step(graphdef, optimizer, config, False, self.state)
         start = time.perf_counter()
         self.compiled = step.lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start

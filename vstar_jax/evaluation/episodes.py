@@ -51,7 +51,7 @@ class EpisodeRunner:
             logits, cache = prefill(model, batch, cache)
             return decode(model, logits, positions, cache, keys, stop_ids, limit=limit, temperature=temperature)
 
-        @partial(jax.jit, donate_argnames="cache")
+        @jax.jit
         def following(state, batch: Batch, positions, keys, cache: KVCache) -> tuple[Completion, KVCache]:
             model = nnx.merge(graphdef, state)
             cache = cache.grown(batch.tokens.shape[1] + limit)

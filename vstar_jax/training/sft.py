@@ -59,7 +59,7 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
     optimizer = make_optimizer(sft)
     with jax.set_mesh(mesh):
         graphdef, state = create_state(model, optimizer, config.policy.lora, mesh, config.seed)
-        step_fn = make_train_step(graphdef, optimizer, sft, config.data.pack)
+        step_fn = make_train_step(graphdef, optimizer, sft, config.data.pack, state)
         checkpointer = Checkpointer(run_dir / "checkpoints", sft.keep)
         if checkpointer.latest() is not None:
             state, data_state = checkpointer.restore(state)

@@ -59,7 +59,8 @@ def create_state(
     Returns the graph definition, with which `nnx.merge(graphdef, params, frozen)` is the model again, and the state.
     """
     graphdef, *states = nnx.split(model, trainable(lora), ...)
-    params, frozen = states
+    # Fresh adapters lie on one device until here; loaded weights are in their place already.
+    params, frozen = (jax.device_put(s, sharding.state_shardings(s, mesh)) for s in states)
     shapes = jax.eval_shape(optimizer.init, params)
     shardings = optax.tree_utils.tree_map_params(
         optimizer,
@@ -73,8 +74,12 @@ def create_state(
     return graphdef, TrainState(step, key, params, frozen, opt_state)
 
 
-def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation, config: SftConfig, packed: bool) -> Callable:
+def make_train_step(
+    graphdef: Any, optimizer: optax.GradientTransformation, config: SftConfig, packed: bool, state: TrainState
+) -> Callable:
     """The jitted step (state, batch) -> (state, metrics); the state's buffers are donated.
+
+    The new state keeps the shardings of `state`: were they left to the compiler, the second step would compile again.
 
     `accumulate` micro-batches are summed by a scan as (sum, count), so that the step does not depend on how it is split.
     """
@@ -111,4 +116,5 @@ def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation, conf
         }
         return TrainState(state.step + 1, state.key, params, state.frozen, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
