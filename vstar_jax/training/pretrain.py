@@ -36,7 +36,7 @@ def words() -> set[str]:
     tags = "|".join(map(re.escape, tokenizer.TAGS))
     pieces = {piece for text in texts for part in re.split(tags, text) for piece in re.findall(tokenizer.PIECES, part)}
     names = pool_names("train") | pool_names("eval") | set(all_names())
-    return {piece for piece in pieces if piece.strip() not in names}
+    return {"user", "assistant", "system", *(piece for piece in pieces if piece.strip() not in names)}
 
 
 def blank_model(directory: Path, seed: int) -> None:

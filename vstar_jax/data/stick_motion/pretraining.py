@@ -24,7 +24,10 @@ PERCEPTION_SHARE = 0.65
 LENGTHS = (0.4, 0.4, 0.2)
 """Shares of clips with one, two and three moves: single moves teach what a move looks like, the others when it happens."""
 DEFINITIONS = ("A {name} means {moves}", "The {moves} is called {name}", "A {name} is {moves}")
-MOST_ACTIONS = 8
+COUNTS = (2, 2, 3, 3, 4, 5, 6, 8)
+"""Names defined in a look-up lesson, each as often as it stands here."""
+KINDS = {"repeat": 0.15, "define": 0.2, "find": 0.2, "compare": 0.45}
+"""Shares of the kinds of look-up lessons."""
 EPOCH = 100_000
 """Draws that the shuffled source counts as an epoch; every draw is fresh in any case."""
 
@@ -50,31 +53,56 @@ def draw_clip(seed: Sequence[int]) -> tuple[np.ndarray, motions.SubMotions]:
 
 
 def lookup_texts(rng: np.random.Generator) -> tuple[str, str]:
-    """A question that defines up to eight new names, and the reply: three compared move by move, and the one that fits."""
-    length = int(rng.integers(2, 4))
-    pool = [c for c in free_combinations() if len(c) == length]
-    count = int(rng.choice([2, 3, 3, 4, 4, 5, 6, MOST_ACTIONS]))
-    shown = pool[rng.integers(len(pool))]
-    combinations = [shown]
-    while len(combinations) < count:
-        other = list(
-            free_combinations()[rng.integers(len(free_combinations()))] if rng.random() < 0.3 else pool[rng.integers(len(pool))]
-        )
-        if rng.random() < 0.5:  # a near miss: one move of the shown one changed
-            other = list(shown)
-            other[rng.integers(len(other))] = motions.SUB_MOTIONS[rng.integers(len(motions.SUB_MOTIONS))]
-        if tuple(other) in free_combinations() and tuple(other) not in combinations:
-            combinations.append(tuple(other))
-    allowed = sorted(set(names.all_names()) - names.pool_names("eval"))
-    called = dict(zip(combinations, rng.choice(allowed, count, replace=False).tolist(), strict=True))
-    order = [combinations[i] for i in rng.permutation(count)]
+    """A question that defines up to eight new names and the reply, of one of four kinds.
+
+    Repeat the names; say what one means; say which one has these moves; or compare three with what was seen, move by move,
+    and name the one that fits. The first three are the steps of the last.
+    """
+    called = _draw_names(rng)
+    order = list(called)
+    shown = order[rng.integers(len(order))]
     template = DEFINITIONS[rng.integers(len(DEFINITIONS))]
     lines = [template.format(name=called[c], moves=motions.explanation(c)) for c in order]
-    near = sorted(order, key=lambda c: (c != shown, -_same(c, shown)))[:3]
-    near = [near[i] for i in rng.permutation(len(near))]
-    checks = [f"A {called[c]} is {', '.join(_verdicts(c, shown))}" for c in near]
-    question = "\n".join([*lines, f"Seen: {', '.join(shown)}. What is it called?"])
-    return question, "\n".join([*checks, f"It is called {called[shown]}"])
+    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+    if kind == "repeat":
+        question, reply = "Which names are these?", f"The names are {', '.join(called.values())}"
+    elif kind == "define":
+        some = [order[i] for i in rng.permutation(len(order))[:3]]
+        question = f"What does {', '.join(called[c] for c in some)} mean?"
+        reply = "\n".join(f"A {called[c]} is {', '.join(c)}" for c in some)
+    elif kind == "find":
+        some = [order[i] for i in rng.permutation(len(order))[:3]]
+        question = f"What is {'; '.join(motions.explanation(c) for c in some)} called?"
+        reply = "\n".join(f"The {motions.explanation(c)} is called {called[c]}" for c in some)
+    else:
+        near = sorted(order, key=lambda c: (c != shown, -_same(c, shown)))[:3]
+        near = [near[i] for i in rng.permutation(len(near))]
+        checks = [f"A {called[c]} is {', '.join(_verdicts(c, shown))}" for c in near]
+        question = f"Seen: {', '.join(shown)}. What is it called?"
+        reply = "\n".join([*checks, f"It is called {called[shown]}"])
+    return "\n".join([*lines, question]), reply
+
+
+def _draw_names(rng: np.random.Generator) -> dict[motions.SubMotions, str]:
+    """Two to eight free combinations of moves, some of them near misses of one, each with a new name; in random order."""
+    free, length = free_combinations(), int(rng.integers(2, 4))
+    pool = [c for c in free if len(c) == length]
+    first = pool[rng.integers(len(pool))]
+    count = int(rng.choice(COUNTS))
+    chosen = [first]
+    while len(chosen) < count:
+        other = list(first if rng.random() < 0.5 else free[rng.integers(len(free))])
+        if rng.random() < 0.5:
+            other[rng.integers(len(other))] = motions.SUB_MOTIONS[rng.integers(len(motions.SUB_MOTIONS))]
+        if tuple(other) in free and tuple(other) not in chosen:
+            chosen.append(tuple(other))
+    chosen = [chosen[i] for i in rng.permutation(count)]
+    return dict(zip(chosen, rng.choice(_free_names(), count, replace=False).tolist(), strict=True))
+
+
+@cache
+def _free_names() -> list[str]:
+    return sorted(set(names.all_names()) - names.pool_names("eval"))
 
 
 def _same(a: motions.SubMotions, b: motions.SubMotions) -> int:
