@@ -95,6 +95,26 @@ def test_new_adapters_change_nothing_and_used_ones_merge_into_the_same_model(mod
     np.testing.assert_allclose(logits(loaded, batch), unmerged, rtol=0, atol=TOLERANCE)
 
 
+def test_with_its_adapters_off_a_model_is_what_it_was_before_them(model, batch):
+    before = logits(model, batch)
+    lora.add(model, EVERYWHERE, 0)
+    randomise(model)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def policy_and_reference(state):
+        policy = nnx.merge(graphdef, state)
+        reference = lora.without(policy)
+        return reference.logits(reference.hidden(batch)), policy.logits(policy.hidden(batch))
+
+    reference, policy = policy_and_reference(state)
+    np.testing.assert_allclose(reference, before, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(policy, logits(model, batch), rtol=0, atol=TOLERANCE)
+    assert np.abs(policy - reference).max() > 100 * TOLERANCE
+    assert jax.tree.leaves(nnx.state(model, LoraParam))
+    assert lora.without(model).text.embedding.get_value() is model.text.embedding.get_value()
+
+
 def test_only_adapters_are_trained(model, batch):
     config = LoraConfig(rank=2, pattern="text/layers/(q_proj|o_proj)|visual/blocks/qkv")
     lora.add(model, config, 0)

@@ -84,6 +84,7 @@ class DataConfig:
         pack: put several short dialogues into a row.
         prompts: file of prompt texts.
         threads: threads that read and draw clips.
+        dialect: how the policy writes which tools it wants: yes|no tags, or JSON in tool_call tags (Hermes).
     """
 
     dataset: str = "stick_motion"
@@ -96,6 +97,7 @@ class DataConfig:
     pack: bool = False
     prompts: str = "configs/prompts/stick_motion.yaml"
     threads: int = 2
+    dialect: Literal["tags", "hermes"] = "tags"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,93 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What an episode is paid (Eq. 6): the parts that are on, tool and sub_motion only when the answer is right.
+
+    Args:
+        accuracy: pay 1 for the right answer.
+        format: pay 1 for one think part followed by one answer and nothing else.
+        tool: pay 1 for at least one tool call that succeeded.
+        sub_motion: pay the weights of the observed sub-motions that occur in the reference.
+        weights: how weights fall with the rank of a sub-motion: by halves as in the paper, linearly as in the released code,
+            or not at all.
+        reference: where sub-motions are looked up: the action's explanation, or the policy's own comparison as in the released
+            code, by which it can pay itself.
+        temporal: bonus for right answers of a group that is about as accurate as one that saw the frames shuffled, or more (0.3
+            in the released scripts); 0 turns it off.
+        temporal_ratio: the group must be at least so many times as accurate.
+        length: bonus for right answers whose last turn has length_min to length_max tokens (0.2 in the released scripts); 0
+            turns it off.
+        length_min: fewest tokens for the length bonus.
+        length_max: most tokens for the length bonus.
+    """
+
+    accuracy: bool = True
+    format: bool = True
+    tool: bool = True
+    sub_motion: bool = True
+    weights: Literal["exponential", "linear", "uniform"] = "exponential"
+    reference: Literal["explanation", "own"] = "explanation"
+    temporal: float = 0.0
+    temporal_ratio: float = 0.8
+    length: float = 0.0
+    length_min: int = 320
+    length_max: int = 512
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Group relative policy optimisation (Eq. 3-5).
+
+    Args:
+        steps: steps of generating, rewarding and updating; 0 skips GRPO.
+        prompts: prompts a step, over all devices.
+        group: episodes of each prompt, whose rewards are compared.
+        updates: optimizer updates on the episodes of a step.
+        accumulate: micro-batches that an update is split into.
+        learning_rate: peak of the cosine schedule.
+        warmup: updates of linear warm-up.
+        weight_decay: AdamW weight decay.
+        max_grad_norm: gradients are clipped to this global norm.
+        normalise: divide advantages by the standard deviation of the group's rewards, or only subtract their mean.
+        aggregate: each episode weighs the same (sequence, as in the paper), each token does (token), or token losses are
+            summed and divided by a constant length (constant, Dr. GRPO).
+        clip_low: probability ratios below 1 - clip_low are clipped.
+        clip_high: probability ratios above 1 + clip_high are clipped.
+        beta: weight of the KL divergence from the reference; 0 needs no reference.
+        kl: estimator of the divergence by a token: k1 log-ratio, k2 half its square, k3 the paper's.
+        reference: what the policy is held to: a frozen copy of its first parameters, or itself with the adapters off.
+        temperature: sampling temperature, also of the log-probabilities in the loss.
+        top_p: rollouts sample from the smallest set of tokens whose probability reaches it.
+        chunk: tokens whose logits exist at a time.
+        save_every: steps between checkpoints.
+        keep: checkpoints kept.
+    """
+
+    steps: int = 60
+    prompts: int = 8
+    group: int = 4
+    updates: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 5
+    weight_decay: float = 0.01
+    max_grad_norm: float = 5.0
+    normalise: Literal["std", "none"] = "std"
+    aggregate: Literal["sequence", "token", "constant"] = "sequence"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.04
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    reference: Literal["frozen", "adapters_off"] = "frozen"
+    temperature: float = 0.8
+    top_p: float = 1.0
+    chunk: int = 128
+    save_every: int = 10
+    keep: int = 2
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out evaluation.
 
@@ -158,6 +247,8 @@ class Config:
         video: frames and patches.
         data: datasets and shapes.
         sft: supervised fine-tuning.
+        reward: what an episode is paid.
+        grpo: reinforcement learning.
         evaluation: held-out evaluation.
     """
 
@@ -168,6 +259,8 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
@@ -208,7 +301,17 @@ def save(config: Config, path: str | Path) -> None:
     settings.write_yaml(config, Path(path))
 
 
-FREE = ("run_dir", "mesh", "data.dir", "data.threads", "sft.save_every", "sft.keep", "evaluation.")
+FREE = (
+    "run_dir",
+    "mesh",
+    "data.dir",
+    "data.threads",
+    "sft.save_every",
+    "sft.keep",
+    "grpo.save_every",
+    "grpo.keep",
+    "evaluation.",
+)
 
 
 def start_run(config: Config) -> None:
@@ -249,6 +352,16 @@ POSITIVE = (
     "sft.chunk",
     "sft.save_every",
     "sft.keep",
+    "grpo.prompts",
+    "grpo.updates",
+    "grpo.accumulate",
+    "grpo.learning_rate",
+    "grpo.max_grad_norm",
+    "grpo.temperature",
+    "grpo.top_p",
+    "grpo.chunk",
+    "grpo.save_every",
+    "grpo.keep",
     "evaluation.batch_size",
     "evaluation.max_new_tokens",
 )
@@ -279,3 +392,27 @@ def check(config: Config) -> None:
         raise UserError(f"data.labels is {config.data.labels}, but must be at least 2: one label leaves nothing to recognise.")
     if config.sft.batch_size % config.sft.accumulate:
         raise UserError(f"sft.accumulate is {config.sft.accumulate}, but must divide sft.batch_size ({config.sft.batch_size}).")
+    _check_grpo(config)
+
+
+def _check_grpo(config: Config) -> None:
+    grpo, reward = config.grpo, config.reward
+    if grpo.group < 2:
+        raise UserError(f"grpo.group is {grpo.group}, but must be at least 2: rewards are compared inside a group.")
+    if grpo.prompts * grpo.group % grpo.accumulate:
+        raise UserError(
+            f"grpo.accumulate is {grpo.accumulate}, but must divide the episodes of a step "
+            f"(grpo.prompts x grpo.group = {grpo.prompts * grpo.group})."
+        )
+    if grpo.clip_low > 1:
+        raise UserError(f"grpo.clip_low is {grpo.clip_low}, but must be at most 1: a ratio is never below 0.")
+    if grpo.top_p > 1:
+        raise UserError(f"grpo.top_p is {grpo.top_p}, but must be at most 1.")
+    if grpo.reference == "adapters_off" and not config.policy.lora.rank:
+        raise UserError(
+            "grpo.reference is adapters_off, but the policy has no adapters: set policy.lora.rank, or grpo.reference=frozen."
+        )
+    if reward.length_min > reward.length_max:
+        raise UserError(
+            f"reward.length_min is {reward.length_min}, but must not exceed reward.length_max ({reward.length_max})."
+        )

@@ -2,18 +2,32 @@
 
 Turn 1 shows the clip and the tools, and the policy decides on each tool. Turn 2 shows what the tools returned and the allowed
 labels, and the policy observes, compares candidates and answers. Parsing is total: no text makes it raise.
+
+Decisions are written in one of two dialects: tags, one `<name>yes|no</name>` for each tool (the released checkpoints), or
+hermes, one `<tool_call>` with a JSON object for each tool that is wanted (the format of Qwen's function calling).
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vstar_jax.errors import UserError
+
+Dialect = Literal["tags", "hermes"]
+
+TOOLS = {
+    "pose_estimation": "Returns the clip with the skeletons of the people in it drawn on every frame.",
+    "person_detection": "Returns the clip with a box drawn around every person in it.",
+    "video_explanation": "Returns a short text on what the key frames show.",
+    "noun_explanation": "Returns, for each action that may be the answer, the motion that its name stands for.",
+}
+"""What each tool of a `Decision` returns, as the schemas of the hermes dialect tell it to the policy."""
 
 PLACEHOLDERS = {
     "look": (),
@@ -82,40 +96,75 @@ class Decision:
         """Names of the tools that were asked for."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name))
 
-    def tags(self) -> str:
+    def tags(self, dialect: Dialect = "tags") -> str:
         """The decision as the policy writes it."""
+        if dialect == "hermes":
+            calls = (json.dumps({"name": name, "arguments": {}}) for name in self.chosen())
+            return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
         return "".join(f"<{f.name}>{'yes' if getattr(self, f.name) else 'no'}</{f.name}>" for f in fields(self))
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What the tools returned: the annotated clip uint8 [T, H, W, 3], and texts; None where a tool was not asked."""
+    """What the tools returned: the annotated clip uint8 [T, H, W, 3], and texts; None where a tool was not asked.
+
+    failures: sentences on the tools that were asked and gave nothing.
+    """
 
     frames: np.ndarray | None = None
     explanation: str | None = None
     description: str | None = None
+    failures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reply:
     """What was read from the last turn: observed sub-motions in order, candidates and their scores, the answer.
 
+    comparisons: candidate -> what the comparison says of it, in the policy's words.
     well_formed: the text is exactly one <think>...</think> followed by one <answer>...</answer>.
     """
 
     sub_motions: tuple[str, ...]
     candidates: tuple[str, ...]
     scores: Mapping[str, float]
+    comparisons: Mapping[str, str]
     answer: str | None
     well_formed: bool
 
 
-def first_messages(prompts: Prompts) -> list[dict[str, Any]]:
-    """Turn 1's user message: the clip and the tools."""
-    return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompts.look}]}]
+def first_messages(prompts: Prompts, dialect: Dialect = "tags") -> list[dict[str, Any]]:
+    """Turn 1's user message: the clip and the tools; in the hermes dialect a system message with the schemas goes before."""
+    user = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompts.look}]}
+    if dialect == "tags":
+        return [user]
+    return [{"role": "system", "content": [{"type": "text", "text": _system_text()}]}, user]
 
 
-def second_messages(prompts: Prompts, result: ToolResult, labels: Sequence[str]) -> list[dict[str, Any]]:
+def _system_text() -> str:
+    """The tools and how to call them (Hermes function calling): a JSON schema a line, between <tools> tags."""
+    empty = {"type": "object", "properties": {}, "required": []}
+    schemas = (
+        json.dumps({"type": "function", "function": {"name": name, "description": text, "parameters": empty}})
+        for name, text in TOOLS.items()
+    )
+    return "\n".join(
+        (
+            "These tools are at hand, each with its JSON schema:",
+            "<tools>",
+            *schemas,
+            "</tools>",
+            "Ask for a tool by writing its name and arguments as JSON between tags, with a pair of tags for each tool:",
+            "<tool_call>",
+            '{"name": "NAME", "arguments": {}}',
+            "</tool_call>",
+        )
+    )
+
+
+def second_messages(
+    prompts: Prompts, result: ToolResult, labels: Sequence[str], dialect: Dialect = "tags"
+) -> list[dict[str, Any]]:
     """Turn 2's user message: the annotated clip if there is one, the tools' texts, and the allowed labels."""
     content: list[dict[str, Any]] = []
     texts: list[str] = []
@@ -126,9 +175,19 @@ def second_messages(prompts: Prompts, result: ToolResult, labels: Sequence[str])
         texts.append(prompts.explanation.format(explanation=result.explanation))
     if result.description is not None:
         texts.append(prompts.description.format(description=result.description))
+    texts += result.failures
+    if dialect == "hermes":
+        texts = [_response(text) for text in texts]
     texts.append(prompts.ask.format(labels=", ".join(labels)))
     content.append({"type": "text", "text": "\n".join(texts)})
     return [{"role": "user", "content": content}]
+
+
+def _response(text: str) -> str:
+    """A tool's text between tags that nothing in it can close."""
+    while (stripped := re.sub("</?tool_response>", "", text, flags=re.IGNORECASE)) != text:
+        text = stripped
+    return f"<tool_response>\n{text}\n</tool_response>"
 
 
 def assistant(text: str) -> dict[str, Any]:
@@ -136,11 +195,28 @@ def assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def parse_decision(text: str) -> Decision:
-    """The decision in a turn-1 reply: a tag that is missing, empty or contradicts itself counts as no."""
+def parse_decision(text: str, dialect: Dialect = "tags") -> Decision:
+    """The decision in a turn-1 reply: a tag that is missing, empty or contradicts itself counts as no, and so does a call
+    that is not a JSON object with the name of a tool and, if any, an object of arguments.
+    """
     flat = re.sub(r"\s+", "", text).lower()
+    if dialect == "hermes":
+        called = {_called(body) for body in re.findall("<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", flat)}
+        return Decision(**{f.name: f.name in called for f in fields(Decision)})
     values = {f.name: set(re.findall(rf"<{f.name}>(\w*)</{f.name}>", flat)) for f in fields(Decision)}
     return Decision(**{name: found == {"yes"} for name, found in values.items()})
+
+
+def _called(body: str) -> str | None:
+    """The name in the JSON object of a tool call, or None."""
+    try:
+        call = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("arguments", {}), dict):
+        return None
+    name = call.get("name")
+    return name if isinstance(name, str) else None
 
 
 def parse_reply(text: str) -> Reply:
@@ -148,17 +224,20 @@ def parse_reply(text: str) -> Reply:
     shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, flags=re.DOTALL | re.IGNORECASE)
     well_formed = shape is not None and not re.search(r"</?(think|answer)>", shape[1] + shape[2], flags=re.IGNORECASE)
     answers = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL | re.IGNORECASE)
-    sections = _sections(re.split("</think>", text, maxsplit=1, flags=re.IGNORECASE)[0])
+    sections = _sections(re.split("</think>|<answer>", text, maxsplit=1, flags=re.IGNORECASE)[0])
     listed = re.split(r"[,\n]|(?:^|\s)-\s", _TITLE.sub("", sections.get(2, "")))
     candidates = (_plain(name.partition(":")[0]) for name in listed)
     scores: dict[str, float] = {}
+    comparisons: dict[str, str] = {}
     for name, rest in _items(sections.get(3, "")):
+        comparisons.setdefault(name, rest.strip())
         if number := re.search(r"[0-9]+(\.[0-9]+)?", rest):
             scores.setdefault(name, float(number[0]))
     return Reply(
         sub_motions=tuple(dict.fromkeys(name for name, _ in _items(sections.get(1, "")))),
         candidates=tuple(dict.fromkeys(name for name in candidates if name)),
         scores=scores,
+        comparisons=comparisons,
         answer=answers[0].strip() if len(answers) == 1 and answers[0].strip() else None,
         well_formed=well_formed,
     )

@@ -85,8 +85,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def sum_over_data(function: Callable[[Any, Any], Any], shared: Any, rows: Any) -> Any:
-    """The sum over the data axis of `function(shared, rows)`, each device with its own rows [B, ...] of the batch.
+def map_over_data(function: Callable[[Any, Any], Any], shared: Any, rows: Any) -> Any:
+    """`function(shared, rows)`, arrays [B, ...], each device of the data axis with its own rows [B, ...] of the batch.
 
     For functions that scan over their rows: `shared` is gathered once before and its gradient summed once after, where
     the compiler alone does both in every iteration.
@@ -96,11 +96,10 @@ def sum_over_data(function: Callable[[Any, Any], Any], shared: Any, rows: Any) -
         return function(shared, rows)
 
     def local(shared: Any, rows: Any) -> Any:
-        shared = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), shared)
-        return jax.lax.psum(function(shared, rows), "data")
+        return function(jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), shared), rows)
 
     specs = (PartitionSpec(), PartitionSpec("data"))
-    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"})(shared, rows)
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec("data"), axis_names={"data"})(shared, rows)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

@@ -45,6 +45,17 @@ def merge(model: Qwen25VL) -> None:
         module.lora_a = module.lora_b = nnx.data(None)
 
 
+def without(model: Qwen25VL) -> Qwen25VL:
+    """The same model with its adapters off, sharing every other array: GRPO's reference when only adapters are trained.
+
+    It is the model before training only if the adapters are as `add` makes them when training starts: merge older ones first.
+    """
+    base = nnx.merge(*nnx.split(model))
+    for module in linears(base).values():
+        module.lora_a = module.lora_b = nnx.data(None)
+    return base
+
+
 def trainable(config: LoraConfig) -> type[nnx.Param]:
     """The kind of parameter that training updates."""
     return LoraParam if config.rank else nnx.Param
