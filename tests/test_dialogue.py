@@ -100,11 +100,25 @@ def test_braces_in_labels_and_texts_are_only_text() -> None:
     assert "{explanation}, b" in texts_of(messages)
 
 
+COMMAS = ("Lifting something up completely, then letting it drop down", "Folding something")
+
+
+def test_labels_with_commas_stand_one_a_line_and_are_read_back_as_candidates() -> None:
+    prompts = Prompts.load(PROMPTS.with_name("actions.yaml"))
+    asked = texts_of(second_messages(prompts, ToolResult(), COMMAS))
+    assert f"\n{COMMAS[0]}\n{COMMAS[1]}\n" in asked
+    for between in ("\n", " "):
+        items = between.join(f"- {label}" for label in COMMAS)
+        reply = parse_reply(f"<think>[1] Observed: - hand: up [2] Candidates:{between}{items}\n[3] Comparison: none</think>")
+        assert reply.candidates == tuple(label.lower() for label in COMMAS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda s: s.replace("{labels}", "them"), "ask.*{labels}"),
         (lambda s: s.replace("{labels}", "{labels} {path}"), "ask.*{labels}"),
+        (lambda s: s.replace("{labels}", "{labels} {label_lines}"), "ask.*{labels} or {label_lines}"),
         (lambda s: s.replace("look:", "see:"), "look"),
         (lambda s: s + "\nlook: [", "not valid YAML"),
         (lambda s: s.replace("{labels}", "{labels"), "ask"),

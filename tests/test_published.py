@@ -7,7 +7,7 @@ import pytest
 
 from vstar_jax.data.splits import Spread
 from vstar_jax.evaluation.published import ABLATION, BASE_TO_NOVEL, CROSS_DATASET, TABLE_1, TABLE_2, TABLE_3, TABLE_4
-from vstar_jax.evaluation.tables import OwnRow, base_to_novel_table, cross_dataset_table
+from vstar_jax.evaluation.tables import OwnRow, base_to_novel_table, cross_dataset_table, own_row, table_of
 
 # All three numbers are printed with one decimal, so the mean of two rounded ones may be off by one in the last.
 ROUNDING = 0.1
@@ -91,3 +91,18 @@ def test_table_2_has_means_and_the_named_spread() -> None:
     assert "| ours | HMDB-51 | 48.0 | 48.2 ± 1.5 | - | - | - |" in text
     assert "sample standard deviation (n - 1)" in text
     assert content["rows"][-1]["ucf101/split"] == {"mean": pytest.approx(48.2), "std": pytest.approx(1.5)}
+
+
+def test_results_go_to_the_table_and_column_of_their_protocol() -> None:
+    base = own_row(
+        "ours", "HMDB-51", "ucf101", [{"base_top1": 0.5, "novel_top1": 0.25}, {"base_top1": 0.7, "novel_top1": 0.25}]
+    )
+    assert base.base_to_novel == {"ucf101": [(0.5, 0.25), (0.7, 0.25)]}
+    assert table_of(base)[1]["table"] == 1
+    splits = [{f"split{k}_top1": k / 10 for k in (1, 2, 3)}, {f"split{k}_top1": k / 5 for k in (1, 2, 3)}]
+    split = own_row("ours", "HMDB-51", "kinetics600", splits, ["a note"])
+    assert split.cross_dataset == {"kinetics600/split": pytest.approx([0.15, 0.3, 0.45])}
+    assert "| ours | HMDB-51 | - | - | - | - | 30.0 ± 15.0 |" in table_of(split)[0]
+    assert "ours: a note" in table_of(split)[0]
+    full = own_row("ours", "HMDB-51", "hmdb51", [{"full_top1": 0.835}])
+    assert "| ours | HMDB-51 | - | - | 83.5 | - | - |" in table_of(full)[0]

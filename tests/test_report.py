@@ -33,6 +33,13 @@ def test_the_harmonic_mean_of_two_zeros_is_zero():
     assert summarise([prediction("base", "a", "b"), prediction("novel", "a", "b")])["harmonic_mean"] == 0.0
 
 
+def test_replies_without_an_answer_are_counted_apart():
+    summary = summarise(
+        [prediction("base", "a", ""), prediction("base", "a", "b"), prediction("base", "a", "", readable=False)]
+    )
+    assert (summary["base_unparsable"], summary["base_unreadable"], summary["base_clips"]) == (1, 1, 3)
+
+
 def test_tool_rates_are_shares_of_all_clips():
     summary = summarise([prediction("base", "a", "a", tools=("pose_estimation",)), prediction("base", "a", "a")])
     assert summary["tool_pose_estimation"] == 0.5
@@ -44,6 +51,19 @@ def test_the_table_names_chance(capsys):
     assert "12.5 %" in printed
     assert "100.0 %" in printed
     assert "chance" in printed
+
+
+def test_three_splits_stand_beside_each_other_with_their_spread(capsys):
+    print_table({"ours": summarise([prediction(f"split{k}", "a", "ab"[k > 1]) for k in (1, 2, 3)])}, "title")
+    printed = capsys.readouterr().out
+    assert "33.3 ± 57.7 %" in printed
+    assert "split3" in printed
+
+
+def test_a_prediction_is_read_back_as_it_was_written():
+    assert Prediction.parse(prediction("base", "a", "b", tools=("pose_estimation",)).line()) == prediction(
+        "base", "a", "b", tools=("pose_estimation",)
+    )
 
 
 def test_predictions_are_one_json_line_a_clip_with_the_verdict(tmp_path):

@@ -74,11 +74,18 @@ class DataConfig:
     """What to train and evaluate on.
 
     Args:
-        dataset: name of the dataset.
+        dataset: name of the dataset: stick_motion, hmdb51, ucf101, kinetics400, kinetics600 or ssv2.
         dir: folder of prepared datasets; StickMotion is rendered there when it is missing.
+        protocol: base and novel classes of the dataset, or all its classes by a policy that was trained on another.
+        full: evaluate all clips of the dataset in the place of its three test splits (cross_dataset of hmdb51 and ucf101).
+        variant: Kinetics-600's lists of clips: val of its validation split, vifi of all its splits.
+        train: prepared lists to learn from, such as train_s1, or hmdb51/train_s1 where they are of another dataset.
+        dialogues: JSON Lines file of the dialogues that SFT learns from, for recorded datasets.
+        videos: where the dataset's videos are now; empty when they are where they were prepared.
+        allow_leakage: measure even if clips or novel classes were trained on; the results then say so.
         difficulty: StickMotion's backgrounds: clean, cluttered, or a mixture.
         clips_per_action: StickMotion's training clips of each base action.
-        labels: length of the label list in a prompt.
+        labels: length of the label list in a prompt of StickMotion; recorded datasets offer all their classes.
         tokens: ascending buckets of sequence length.
         patches: ascending buckets of patches a row.
         pack: put several short dialogues into a row.
@@ -89,10 +96,17 @@ class DataConfig:
 
     dataset: str = "stick_motion"
     dir: str = "data"
+    protocol: Literal["base_to_novel", "cross_dataset"] = "base_to_novel"
+    full: bool = False
+    variant: Literal["val", "vifi"] = "val"
+    train: tuple[str, ...] = ()
+    dialogues: str = ""
+    videos: str = ""
+    allow_leakage: bool = False
     difficulty: Literal["clean", "mixed", "cluttered"] = "mixed"
     clips_per_action: int = 40
     labels: int = 8
-    tokens: tuple[int, ...] = (64, 128, 192, 256, 400, 512)
+    tokens: tuple[int, ...] = (64, 128, 192, 256, 384, 512)
     patches: tuple[int, ...] = (128, 256)
     pack: bool = False
     prompts: str = "configs/prompts/stick_motion.yaml"
@@ -306,6 +320,11 @@ FREE = (
     "mesh",
     "data.dir",
     "data.threads",
+    "data.videos",
+    "data.protocol",
+    "data.full",
+    "data.variant",
+    "data.allow_leakage",
     "sft.save_every",
     "sft.keep",
     "grpo.save_every",

@@ -29,13 +29,14 @@ TOOLS = {
 }
 """What each tool of a `Decision` returns, as the schemas of the hermes dialect tell it to the policy."""
 
-PLACEHOLDERS = {
+PLACEHOLDERS: dict[str, tuple[str, ...]] = {
     "look": (),
     "annotated": (),
     "explanation": ("explanation",),
     "description": ("description",),
-    "ask": ("labels",),
+    "ask": ("labels", "label_lines"),
 }
+"""What each text must have a place for: one of these."""
 
 _TITLE = re.compile(r"^[^:,\n]*:")
 
@@ -45,7 +46,8 @@ class Prompts:
     """The texts of the two user turns.
 
     look: turn 1. annotated, explanation, description: turn 2's pieces, one for each kind of tool result. ask: turn 2's
-    question with the list of {labels}.
+    question with the list of {labels}, in one line with commas between them, or of {label_lines}, one a line, for labels that
+    have commas themselves.
     """
 
     look: str
@@ -69,9 +71,9 @@ class Prompts:
         if not isinstance(content, dict) or set(content) != expected:
             raise UserError(f"{path} must hold exactly the texts {', '.join(sorted(expected))}.")
         for name, text in content.items():
-            if _placeholders(text) != set(PLACEHOLDERS[name]):
-                wanted = ", ".join(f"{{{p}}}" for p in PLACEHOLDERS[name]) or "none"
-                raise UserError(f"{path}: the text {name} must be a text that uses these placeholders and no other: {wanted}.")
+            if _placeholders(text) not in ([{p} for p in PLACEHOLDERS[name]] or [set()]):
+                wanted = " or ".join(f"{{{p}}}" for p in PLACEHOLDERS[name]) or "none"
+                raise UserError(f"{path}: the text {name} must be a text that uses this placeholder and no other: {wanted}.")
         return cls(**{name: text.strip() for name, text in content.items()})
 
 
@@ -121,6 +123,7 @@ class ToolResult:
 class Reply:
     """What was read from the last turn: observed sub-motions in order, candidates and their scores, the answer.
 
+    candidates: each written as a name, as "name: more", or as "what it means = name".
     comparisons: candidate -> what the comparison says of it, in the policy's words.
     well_formed: the text is exactly one <think>...</think> followed by one <answer>...</answer>.
     """
@@ -178,7 +181,7 @@ def second_messages(
     texts += result.failures
     if dialect == "hermes":
         texts = [_response(text) for text in texts]
-    texts.append(prompts.ask.format(labels=", ".join(labels)))
+    texts.append(prompts.ask.format(labels=", ".join(labels), label_lines="\n".join(labels)))
     content.append({"type": "text", "text": "\n".join(texts)})
     return [{"role": "user", "content": content}]
 
@@ -225,8 +228,7 @@ def parse_reply(text: str) -> Reply:
     well_formed = shape is not None and not re.search(r"</?(think|answer)>", shape[1] + shape[2], flags=re.IGNORECASE)
     answers = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL | re.IGNORECASE)
     sections = _sections(re.split("</think>|<answer>", text, maxsplit=1, flags=re.IGNORECASE)[0])
-    listed = re.split(r"[,\n]|(?:^|\s)-\s", _TITLE.sub("", sections.get(2, "")))
-    candidates = (_plain(name.partition(":")[0]) for name in listed)
+    candidates = (_plain(item.rpartition("=")[2].partition(":")[0]) for item in _listed(_TITLE.sub("", sections.get(2, ""))))
     scores: dict[str, float] = {}
     comparisons: dict[str, str] = {}
     for name, rest in _items(sections.get(3, "")):
@@ -252,10 +254,22 @@ def _sections(text: str) -> dict[int, str]:
     return found
 
 
+def _listed(section: str) -> list[str]:
+    """The names of a list: its "- name" items where it has any, since a name may have commas, or what commas part."""
+    items = [item.partition("\n")[0] for item in re.split(r"(?:^|\s)-\s", section)[1:]]
+    return items or re.split(r"[,\n]", section)
+
+
 def _items(section: str) -> list[tuple[str, str]]:
-    """The "- name: rest" items of a section, on lines of their own or in one."""
-    parts = (part.partition(":") for part in re.split(r"(?:^|\s)-\s", section)[1:])
-    return [(_plain(name), rest) for name, colon, rest in parts if colon and _plain(name)]
+    """Name and rest of the "- name: rest" or "- rest = name" items of a section, on lines of their own or in one."""
+    found: list[tuple[str, str]] = []
+    for part in re.split(r"(?:^|\s)-\s", section)[1:]:
+        name, colon, rest = part.partition(":")
+        if not colon:
+            rest, colon, name = part.rpartition("=")
+        if colon and _plain(name):
+            found.append((_plain(name), rest))
+    return found
 
 
 def _plain(name: str) -> str:

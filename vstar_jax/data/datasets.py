@@ -1,15 +1,31 @@
-"""The datasets by name."""
+"""The datasets by name: what a configuration says becomes a task."""
 
 from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
+from vstar_jax.data.protocols import DATASETS, groups
 from vstar_jax.data.task import Task
 from vstar_jax.errors import UserError
 
+STICK_MOTION = "stick_motion"
+
 
 def make_task(config: Config, chat: Chat) -> Task:
-    """The task that `config.data.dataset` names, prepared on disk if it was not; UserError when there is no such dataset."""
-    if config.data.dataset != "stick_motion":
-        raise UserError(f"data.dataset is {config.data.dataset!r}: choose stick_motion.")
-    from vstar_jax.data.stick_motion.task import StickMotion
+    """The task that `config.data` names. StickMotion is rendered if it was not; recorded datasets must have been prepared.
 
-    return StickMotion(config, chat)
+    UserError when there is no such dataset or protocol, and when a list of it was not prepared.
+    """
+    data = config.data
+    if data.dataset == STICK_MOTION:
+        if data.protocol != "base_to_novel":
+            raise UserError(f"stick_motion has no protocol {data.protocol}: set data.protocol=base_to_novel.")
+        from vstar_jax.data.stick_motion.task import StickMotion
+
+        return StickMotion(config, chat)
+    if data.dataset not in DATASETS:
+        raise UserError(f"data.dataset is {data.dataset!r}: choose {STICK_MOTION}, {', '.join(DATASETS)}.")
+    wanted = groups(data.dataset, data.protocol, full=data.full, variant=data.variant)
+
+    from vstar_jax.data.recorded import Recorded, Source, read_dialogues
+
+    source = Source(data.dataset, data.dir, wanted, data.train, data.videos or None)
+    return Recorded(config, chat, source, dialogues=read_dialogues(data.dialogues) if data.dialogues else ())

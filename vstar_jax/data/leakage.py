@@ -1,17 +1,23 @@
 """The guard against evaluating on what was trained on: compares clips, by path and by content, and classes.
 
-Training and evaluation call `check` on their manifests and `refuse` what it finds; scripts/check_leakage.py does it for lists.
+Training and evaluation call `guard` on their task, before any work; scripts/check_leakage.py compares lists.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vstar_jax.data.clips import Canonical, ClipRecord, canonical, label_key
 from vstar_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from vstar_jax.config import Config
+    from vstar_jax.data.task import Task
+
 EXAMPLES = 3
+NOVEL = "novel"
+"""The group in which a trained class is a leak too."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +125,46 @@ def refuse(report: Report, name: str, *, classes: bool, allowed: bool, option: s
     name: what is evaluated, for the message; classes: whether a shared class is a leak, as for novel classes; option: the
     setting that allows it.
     """
-    if allowed or not report.leaks(classes=classes):
-        return
+    if report.leaks(classes=classes) and not allowed:
+        raise UserError(
+            f"the training list holds {_shared(report, name, classes)}: train without them, or set {option} to measure all the "
+            "same, which the results then say."
+        )
+
+
+def _shared(report: Report, name: str, classes: bool) -> str:
+    """What leaks, with counts and examples."""
     found = []
     if clips := report.shared_clips:
         found.append(f"{len(clips):,} of the {report.eval_clips:,} clips of {name}{_examples([c.path for c in clips])}")
     if classes and report.shared_classes:
         found.append(
-            f"{len(report.shared_classes)} of its {len(report.eval_classes)} classes "
+            f"{len(report.shared_classes)} of {'its' if clips else 'the'} {len(report.eval_classes)} classes "
+            f"{'' if clips else f'of {name} '}"
             f"({report.train_clips_of_shared:,} training clips{_examples(report.shared_classes)})"
         )
-    raise UserError(
-        f"the training list holds {' and '.join(found)}: train without them, or set {option} to measure all the same, "
-        "which the results then say."
-    )
+    return " and ".join(found)
+
+
+def guard(task: "Task", config: "Config") -> dict[str, Any]:
+    """Compares what `task` trains on with each group that it evaluates; UserError when they share what they must not.
+
+    Returns the counts of every group, and notes for the reader of the results: what leaks and was allowed
+    (`data.allow_leakage`), or that the training clips are not known. Empty where nothing can leak.
+    """
+    trained, option = task.train_clips(), "data.allow_leakage=true"
+    result: dict[str, Any] = {"groups": {}, "notes": []}
+    for group in task.groups:
+        if not (evaluated := task.test_clips(group)):
+            continue
+        name, classes = f"{config.data.dataset} {group}", group == NOVEL
+        report = check(trained, evaluated)
+        refuse(report, name, classes=classes, allowed=config.data.allow_leakage, option=option)
+        result["groups"][group] = report.summary()
+        if report.leaks(classes=classes):
+            result["notes"].append(f"measured although it was trained on {_shared(report, name, classes)}")
+    if not result["groups"]:
+        return {}
+    if not trained:
+        result["notes"].append("no clips were compared: what it was trained on is not known (data.train)")
+    return result

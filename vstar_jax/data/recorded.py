@@ -49,7 +49,8 @@ class Source:
     """Which lists of a prepared dataset a run uses.
 
     dataset: its name; dir: the folder of prepared datasets; groups: group in the results -> list (`protocols.groups`);
-    train: lists to learn from; videos: where the videos are now, if they have moved since they were prepared.
+    train: lists to learn from, as `Records` takes them; videos: where the dataset's videos are now, if they have moved since
+    they were prepared.
     """
 
     dataset: str
@@ -119,6 +120,10 @@ class Recorded:
                 chosen.append(record)
         return chosen
 
+    def label_count(self, group: str) -> int:
+        """The size of the group's vocabulary, which an episode offers as a whole."""
+        return len(self._lists[self._group_lists[group]].labels)
+
     def train_clips(self) -> tuple[ClipRecord, ...]:
         """What the guard against leakage (`leakage.check`) takes for trained on."""
         return tuple(record.clip() for name in self._train for record in self._lists[name])
@@ -135,7 +140,7 @@ class Recorded:
         if not self._dialogues:
             raise UserError(
                 f"the lists {', '.join(self._train) or 'of no name'} have no dialogues to learn from: make them with "
-                "scripts/synthesize.py and name their file."
+                "scripts/synthesize.py and set data.dialogues to their file."
             )
         dialogue = self._dialogues.get(record.path)
         clip = self._read(record) if dialogue else None

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vstar_jax.batch import Example
+from vstar_jax.data.clips import ClipRecord
 from vstar_jax.dialogue import Decision, Prompts, ToolResult
 
 
@@ -39,7 +40,19 @@ class Task(Protocol):
         ...
 
     def test_records(self, group: str) -> Sequence[Any]:
-        """The held-out records of a group, in a fixed order."""
+        """The held-out records of a group, in a fixed order; each has a `name`, for result files, and a `label`."""
+        ...
+
+    def label_count(self, group: str) -> int:
+        """How many labels an episode of a group offers."""
+        ...
+
+    def train_clips(self) -> Sequence[ClipRecord]:
+        """All clips that were trained on, for the guard against leakage; empty where they cannot be known."""
+        ...
+
+    def test_clips(self, group: str) -> Sequence[ClipRecord]:
+        """All clips that may be evaluated in a group, for the guard; empty where they cannot have been trained on."""
         ...
 
     def example(self, record: Any, rng: np.random.Generator) -> Example | None:

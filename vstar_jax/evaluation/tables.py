@@ -4,11 +4,12 @@ Ours are fractions as measured, unrounded, of one or several seeds or splits; `p
 Markdown to read and as JSON to keep.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vstar_jax.data.splits import STD, Spread, base_to_novel, spread
+from vstar_jax.data.splits import SEEDS, STD, Spread, base_to_novel, spread
 from vstar_jax.evaluation.published import BASE_TO_NOVEL, CROSS_DATASET, TABLE_1, TABLE_2
 
 TITLES = {"kinetics400": "K-400", "hmdb51": "HMDB-51", "ucf101": "UCF-101", "ssv2": "SSv2", "kinetics600": "K-600"}
@@ -27,6 +28,25 @@ class OwnRow:
     base_to_novel: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     cross_dataset: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def own_row(
+    method: str, trained_on: str, dataset: str, summaries: Sequence[Mapping[str, float]], notes: Sequence[str] = ()
+) -> OwnRow:
+    """A row from the summaries (`report.summarise`) of an evaluation, or of several that differ in the seed of training."""
+    first, notes = summaries[0], tuple(notes)
+    if "base_top1" in first:
+        seeds = [(summary["base_top1"], summary["novel_top1"]) for summary in summaries]
+        return OwnRow(method, trained_on, base_to_novel={dataset: seeds}, notes=notes)
+    if "full_top1" in first:
+        return OwnRow(method, trained_on, cross_dataset={f"{dataset}/full": [s["full_top1"] for s in summaries]}, notes=notes)
+    splits = [statistics.fmean(summary[f"split{k}_top1"] for summary in summaries) for k in SEEDS]
+    return OwnRow(method, trained_on, cross_dataset={f"{dataset}/split": splits}, notes=notes)
+
+
+def table_of(row: OwnRow) -> tuple[str, dict[str, Any]]:
+    """The paper's table that a row belongs to, as Markdown and JSON."""
+    return base_to_novel_table([row]) if row.base_to_novel else cross_dataset_table([row])
 
 
 def base_to_novel_table(rows: Sequence[OwnRow]) -> tuple[str, dict[str, Any]]:

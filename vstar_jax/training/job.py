@@ -11,10 +11,11 @@ from vstar_jax import config as config_module
 from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.datasets import make_task
+from vstar_jax.data.leakage import guard
 from vstar_jax.data.pipeline import train_batches
 from vstar_jax.data.task import Task
 from vstar_jax.evaluation.protocol import evaluate
-from vstar_jax.evaluation.report import Prediction, print_table, summarise, write_json, write_predictions
+from vstar_jax.evaluation.report import Prediction, print_table, summarise, title, write_json, write_predictions
 from vstar_jax.models import hf, lora
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, check_mesh
 from vstar_jax.training.metrics import MetricsWriter, draw_curves
@@ -39,6 +40,7 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     chat = Chat(config_module.resolve(config.policy.path), config.video)
     task = make_task(config, chat)
+    leakage = guard(task, config)
     config_module.start_run(config)
     model = load_policy(config, mesh)
     rows = {"base model": _measured(run_dir, "base", *nnx.split(model), task, chat, config, mesh)}
@@ -51,8 +53,8 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
             final = rows["after SFT"]
             metrics.write(config.sft.steps, {f"eval/{k}": v for k, v in final.items() if k.endswith("top1")})
         draw_curves(run_dir)
-    print_table(rows, f"{config.data.dataset}, held-out clips, {config.data.labels} labels a clip")
-    result = {"mesh": config.mesh, "seed": config.seed, "steps": config.sft.steps, **rows}
+    print_table(rows, title(config))
+    result = {"mesh": config.mesh, "seed": config.seed, "steps": config.sft.steps, "leakage": leakage, **rows}
     write_json(run_dir / "result.json", result)
     return result
 

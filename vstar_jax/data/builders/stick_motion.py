@@ -49,6 +49,11 @@ class Record:
     keypoints: np.ndarray
     boxes: np.ndarray
 
+    @property
+    def label(self) -> str:
+        """What is shown, for result files: the names that a policy reads are drawn anew for every episode."""
+        return f"action {self.action.number}"
+
 
 class Records(Sequence[Record]):
     """Random access to a prepared split, in a fixed order."""

@@ -284,11 +284,15 @@ def _write(dataset: str, out: Path, videos: Path, lists: dict[str, FoundList], l
 class Records(Sequence[Record]):
     """Random access to a prepared list, in its order, with its vocabulary.
 
-    labels: all classes of the list, as prompts show them, in the list's order; explanations: label -> what a file says of it.
-    UserError when the dataset or the list was not prepared.
+    name: of the list, or `other/list` for one of another dataset. labels: all classes of the list, as prompts show them, in the
+    list's order; explanations: label -> what a file says of it; videos: the folder of the dataset's own videos, if they have
+    moved. UserError when the dataset or the list was not prepared.
     """
 
     def __init__(self, dataset: str, out: str | Path, name: str, videos: str | Path | None = None):
+        other, _, split = name.rpartition("/")
+        if other not in ("", dataset):
+            dataset, videos = other, None
         if dataset not in DATASETS:
             raise UserError(f"there is no dataset {dataset}: choose {', '.join(DATASETS)}.")
         about = _about_file(out, dataset)
@@ -297,18 +301,18 @@ class Records(Sequence[Record]):
                 f"{dataset} is not prepared in {out}: run scripts/prepare.py --dataset {dataset} --out {out} first."
             )
         content = json.loads(about.read_text())
-        if name not in content["lists"]:
+        if split not in content["lists"]:
             known = ", ".join(content["lists"])
             raise UserError(
-                f"{dataset} in {out} has no list {name}, only {known}: add it to the folder of lists and prepare again."
+                f"{dataset} in {out} has no list {split}, only {known}: add it to the folder of lists and prepare again."
             )
         self.name, self.folder = name, Path(videos or content["videos"])
-        found = content["lists"][name]
+        found = content["lists"][split]
         self.labels = tuple(readable(label) for label in found["labels"])
         self.explanations = {
             readable(label): text for label in found["labels"] if (text := found["explanations"].get(label_key(label)))
         }
-        self.source = BUILDERS[dataset](data_dir=str(out), file_format="array_record").as_data_source(name)
+        self.source = BUILDERS[dataset](data_dir=str(out), file_format="array_record").as_data_source(split)
 
     def __len__(self) -> int:
         return len(self.source)

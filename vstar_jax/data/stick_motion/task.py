@@ -10,6 +10,7 @@ from vstar_jax.batch import Example
 from vstar_jax.config import Config, resolve
 from vstar_jax.data.builders.stick_motion import Record, Records, prepare
 from vstar_jax.data.chat import Chat
+from vstar_jax.data.clips import ClipRecord
 from vstar_jax.data.stick_motion.dialogues import decision, draw_cast, first_reply, second_reply, tool_result
 from vstar_jax.data.task import Episode
 from vstar_jax.data.video import Clip, ReadCounts, VideoError, read
@@ -46,6 +47,18 @@ class StickMotion:
             if not limit or taken[record.action.number] <= limit:
                 chosen.append(record)
         return chosen
+
+    def label_count(self, group: str) -> int:
+        """How many names an episode offers."""
+        return self.config.data.labels
+
+    def train_clips(self) -> tuple[ClipRecord, ...]:
+        """Nothing to compare: every clip is rendered from a seed of its own, and the novel actions are never trained on."""
+        return ()
+
+    def test_clips(self, group: str) -> tuple[ClipRecord, ...]:
+        """Nothing to compare, as for `train_clips`."""
+        return ()
 
     def example(self, record: Record, rng: np.random.Generator) -> Example | None:
         """A whole dialogue with fresh names from the training pool, or None when the clip cannot be read."""
