@@ -49,6 +49,45 @@ def attention(
     return _plain(q, k, v, _mask(q_slots, segments, valid, k.shape[1]), causal)
 
 
+def attention_after(
+    prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Array, v: jax.Array, q_slots: Array
+) -> jax.Array:
+    """`attention` over a prefix that G rows share and the slots of each row's own cache, as one softmax.
+
+    Args:
+        prefix: keys and values [B / G, T0, K, d], and int32 [B / G], how many of the T0 slots are filled. Rows of a group
+            stand side by side, so that row b has the prefix b // G, which is read once for all of them and never copied.
+        q: [B, S, N, d]; k, v: [B, T, K, d]; q_slots int32 [B, S], the own slots that a query sees.
+
+    Returns [B, S, N, d] in the type of q.
+    """
+    prefix_k, prefix_v, filled = prefix
+    rows, length, heads, dim = q.shape
+    groups, shared, kv_heads = prefix_k.shape[:3]
+    members, repeats = rows // groups, heads // kv_heads
+    own_k, own_v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    prefix_k, prefix_v = prefix_k.swapaxes(1, 2), prefix_v.swapaxes(1, 2)
+    queries = (q * dim**-0.5).reshape(rows, length, kv_heads, repeats, dim).transpose(0, 2, 3, 1, 4)
+    by_row = queries.reshape(rows, kv_heads, repeats * length, dim)
+    by_group = queries.reshape(groups, members, kv_heads, -1, dim).swapaxes(1, 2).reshape(groups, kv_heads, -1, dim)
+
+    ahead = jnp.einsum("bkqd,bktd->bkqt", by_group, prefix_k, preferred_element_type=jnp.float32)
+    ahead = jnp.where((jnp.arange(shared) < filled[:, None])[:, None, None], ahead, HIDDEN)
+    ahead = ahead.reshape(groups, kv_heads, members, -1, shared).swapaxes(1, 2).reshape(rows, kv_heads, -1, shared)
+    own = jnp.einsum("bkqd,bktd->bkqt", by_row, own_k, preferred_element_type=jnp.float32)
+    seen = jnp.tile(jnp.arange(k.shape[1]) <= q_slots[:, :, None], (1, repeats, 1))[:, None]
+    own = jnp.where(seen, own, HIDDEN)
+
+    top = jnp.maximum(ahead.max(-1, keepdims=True), own.max(-1, keepdims=True))
+    ahead, own = jnp.exp(ahead - top), jnp.exp(own - top)
+    total = ahead.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+    ahead, own = (ahead / total).astype(v.dtype), (own / total).astype(v.dtype)
+    by_group = ahead.reshape(groups, members, kv_heads, -1, shared).swapaxes(1, 2).reshape(groups, kv_heads, -1, shared)
+    out = (by_group @ prefix_v).reshape(groups, kv_heads, members, -1, dim).swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)
+    out += own @ own_v
+    return out.reshape(rows, kv_heads, repeats, length, dim).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
+
+
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array:
     """The formula for XLA, with heads ahead of the sequence so that every product is a plain batched matrix product.
 

@@ -1,6 +1,6 @@
 """Qwen2.5's decoder: grouped-query attention with M-RoPE and SwiGLU, stacked and scanned (HF Qwen2_5_VLTextModel)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -9,20 +9,24 @@ from flax import nnx
 
 from vstar_jax.batch import Array
 from vstar_jax.models import rope
-from vstar_jax.models.attention import attention
+from vstar_jax.models.attention import attention, attention_after
 from vstar_jax.models.config import TextArchitecture
 from vstar_jax.models.layers import Linear, RMSNorm, SwiGLU, parameter, scan_layers
 from vstar_jax.sharding import constrain
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths", "prefix"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values [L, B, T, K, d]; lengths int32 [B], the slots of each row that are filled."""
+    """keys, values [L, B, T, K, d]; lengths int32 [B], the slots of each row that are filled.
+
+    prefix: the cache of B / G prompts, of which row b continues number b // G, or None when rows stand for themselves.
+    """
 
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
+    prefix: "KVCache | None" = None
 
     @classmethod
     def empty(cls, cfg: TextArchitecture, rows: int, slots: int, dtype: jnp.dtype) -> "KVCache":
@@ -34,7 +38,14 @@ class KVCache:
     def grown(self, slots: int) -> "KVCache":
         """The same cache with room for `slots` more tokens in each row."""
         widths = ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))
-        return KVCache(jnp.pad(self.keys, widths), jnp.pad(self.values, widths), self.lengths)
+        return replace(self, keys=jnp.pad(self.keys, widths), values=jnp.pad(self.values, widths))
+
+    def shared(self, members: int, slots: int) -> "KVCache":
+        """An empty cache of `slots` tokens for each of `members` rows that continue each of this cache's rows."""
+        layers, rows, _, kv_heads, dim = self.keys.shape
+        zeros = jnp.zeros((layers, rows * members, slots, kv_heads, dim), self.keys.dtype)
+        zeros = constrain(zeros, None, "batch", None, "kv_heads", None)
+        return KVCache(zeros, zeros, jnp.zeros(rows * members, jnp.int32), self)
 
 
 class DecoderLayer(nnx.Module):
@@ -42,7 +53,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, cfg: TextArchitecture, *, dtype, param_dtype, stack: int, rngs: nnx.Rngs):
         norm = dict(param_dtype=param_dtype, stack=stack, rngs=rngs)
-        options = dict(dtype=dtype, **norm)
+        options = dict(dtype=dtype, std=cfg.initializer_range, **norm)
         width, dim = cfg.hidden, cfg.head_dim
         self.input_norm = RMSNorm(width, cfg.norm_eps, **norm)
         self.post_attention_norm = RMSNorm(width, cfg.norm_eps, **norm)
@@ -72,7 +83,7 @@ class TextModel(nnx.Module):
     def __init__(self, cfg: TextArchitecture, *, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
         self.cfg, self.dtype, self.remat = cfg, dtype, remat
         options = dict(param_dtype=param_dtype, rngs=rngs)
-        self.embedding = parameter(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), param_dtype, 0.02)
+        self.embedding = parameter(rngs, (cfg.vocab, cfg.hidden), ("vocab", "embed"), param_dtype, cfg.initializer_range)
         self.layers = DecoderLayer(cfg, dtype=dtype, stack=cfg.layers, **options)
         self.norm = RMSNorm(cfg.hidden, cfg.norm_eps, **options)
         head = dict(dtype=dtype, **options)
@@ -111,18 +122,24 @@ class TextModel(nnx.Module):
         cos, sin = self._angles(positions)
         slots = cache.lengths[:, None] + jnp.arange(x.shape[1])
         rows = jnp.arange(x.shape[0])[:, None]
+        prefix = cache.prefix
 
         def body(layer: DecoderLayer, carry, index):
             x, keys, values = carry
             q, k, v = layer.project(x, cos, sin)
             keys = keys.at[index, rows, slots].set(k.astype(keys.dtype), mode="drop")
             values = values.at[index, rows, slots].set(v.astype(values.dtype), mode="drop")
-            out = attention(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), q_slots=slots)
+            own = keys[index].astype(q.dtype), values[index].astype(q.dtype)
+            if prefix is None:
+                out = attention(q, *own, q_slots=slots)
+            else:
+                ahead = prefix.keys[index].astype(q.dtype), prefix.values[index].astype(q.dtype), prefix.lengths
+                out = attention_after(ahead, q, *own, slots)
             return layer.finish(x, out), keys, values
 
         carry = (x, cache.keys, cache.values)
         x, keys, values = scan_layers(self.layers, body, carry, "none", jnp.arange(self.cfg.layers))
-        return self.norm(x), KVCache(keys, values, cache.lengths + added)
+        return self.norm(x), KVCache(keys, values, cache.lengths + added, prefix)
 
     def _angles(self, positions: Array) -> tuple[jax.Array, jax.Array]:
         return rope.mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)

@@ -47,6 +47,7 @@ def decode(
     limit: int,
     temperature: float,
     top_p: float = 1.0,
+    active: jax.Array | None = None,
 ) -> tuple[Completion, KVCache]:
     """Samples until every row has stopped or has `limit` tokens.
 
@@ -60,6 +61,7 @@ def decode(
         limit: most new tokens M.
         temperature: 0 takes the most likely token.
         top_p: samples from the smallest set of tokens whose probability reaches it.
+        active: bool [B], the rows that write at all; all when not given.
     """
     rows, row_ids = logits.shape[0], jnp.arange(logits.shape[0])
 
@@ -80,7 +82,8 @@ def decode(
         return at + 1, done | jnp.isin(token, stop_ids), logits, positions + ~done, cache, completion
 
     empty = Completion(jnp.zeros((rows, limit), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, limit), jnp.float32))
-    start = (jnp.int32(0), jnp.zeros(rows, bool), logits, positions, cache, empty)
+    done = jnp.zeros(rows, bool) if active is None else ~active
+    start = (jnp.int32(0), done, logits, positions, cache, empty)
     *_, cache, completion = jax.lax.while_loop(more, step, start)
     return completion, cache
 

@@ -1,0 +1,183 @@
+"""Episodes of several turns: the policy writes, the host answers with the next turn's input, the policy goes on.
+
+The prompt of a group is encoded and prefilled once, and its G members continue it, each in a cache of its own. Two drivers
+run the same kernels: `callback` is one jitted program that calls the host in its middle, `segmented` returns to Python
+after every turn. They give the same tokens; the second is the oracle, and the way where callbacks are not supported.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import io_callback
+from jax.sharding import Mesh, PartitionSpec
+
+from vstar_jax.batch import Batch
+from vstar_jax.models.text import KVCache
+from vstar_jax.rollout.sampler import Completion, decode, prefill
+from vstar_jax.sharding import put_batch
+
+Mode = Literal["callback", "segmented"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["batch", "positions", "active"], meta_fields=[])
+@dataclass(frozen=True)
+class Turn:
+    """What the host puts between two replies: the input of the next turn.
+
+    batch: B rows in static shapes, a row without tokens when its episode is over; positions int32 [B], of the first token
+    that the policy will write; active bool [B], the episodes that go on.
+    """
+
+    batch: Batch
+    positions: Any
+    active: Any
+
+
+Host = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Turn]
+"""(turn, episodes int32 [b], tokens int32 [b, M], lengths int32 [b], positions int32 [b]) -> Turn of numpy arrays.
+
+turn counts the replies so far; episodes are the numbers that the caller gave; lengths and positions are of the reply and of
+what follows it. It must not raise, must not call JAX, and must return in bounded time; JAX may call it again for the same
+episodes and turn, for the shards of a mesh at once, and in any order.
+"""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """limit: most tokens of a reply; temperature: 0 is greedy; top_p: see `sampler.decode`; turns: replies of an episode."""
+
+    limit: int
+    temperature: float
+    top_p: float = 1.0
+    turns: int = 2
+
+
+class Rollout:
+    """The policy as a function from prompts to the replies of G episodes each."""
+
+    def __init__(
+        self, graphdef: Any, host: Host, turn_tokens: int, stop_ids: np.ndarray, sampling: Sampling, mesh: Mesh, mode: Mode
+    ):
+        """graphdef: the policy's; host: see `Host`; turn_tokens: tokens S of the input of a later turn; stop_ids int32 [n]."""
+        self.host, self.mesh, self.mode, self.sampling = host, mesh, mode, sampling
+        stops = jnp.asarray(stop_ids, jnp.int32)
+
+        def first(state, batch: Batch, positions, keys):
+            model = nnx.merge(graphdef, state)
+            prompts, members = batch.tokens.shape[0], keys.shape[0] // batch.tokens.shape[0]
+            logits, cache = prefill(
+                model, batch, KVCache.empty(model.text.cfg, prompts, batch.tokens.shape[1], model.text.dtype)
+            )
+            logits, positions = (jnp.repeat(x, members, axis=0) for x in (logits, positions))
+            return reply(model, logits, positions, cache.shared(members, sampling.limit), keys, 0, jnp.ones(len(keys), bool))
+
+        def following(state, turn: Turn, keys, cache: KVCache, number):
+            model = nnx.merge(graphdef, state)
+            logits, cache = prefill(model, turn.batch, cache.grown(turn.batch.tokens.shape[1] + sampling.limit))
+            return reply(model, logits, turn.positions, cache, keys, number, turn.active)
+
+        def reply(model, logits, positions, cache, keys, number, active) -> tuple[Completion, jax.Array, KVCache]:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            completion, cache = decode(
+                model,
+                logits,
+                positions,
+                cache,
+                keys,
+                stops,
+                limit=sampling.limit,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                active=active,
+            )
+            return completion, positions + completion.lengths, cache
+
+        def whole(state, batch: Batch, positions, keys, episodes):
+            completion, positions, cache = first(state, batch, positions, keys)
+            completions = [completion]
+            for number in range(1, sampling.turns):
+                turn = ask(host, turn_shapes(batch, turn_tokens), number, episodes, completion, positions)
+                completion, positions, cache = following(state, turn, keys, cache, number)
+                completions.append(completion)
+            return completions
+
+        self.first, self.whole = jax.jit(first), jax.jit(whole)
+        self.following = jax.jit(following, donate_argnames="cache")
+
+    def __call__(
+        self, state: Any, batch: Batch, positions: np.ndarray, keys: jax.Array, episodes: np.ndarray
+    ) -> list[Completion]:
+        """The replies of every turn, as arrays [B, M] on the device.
+
+        state: the policy's; batch: prompts on the mesh, one a group; positions int32 [B / G] of the first new token; keys [B],
+        one an episode; episodes int32 [B], the numbers by which the host knows them. Members of a group stand side by side.
+        """
+        with jax.set_mesh(self.mesh):
+            if self.mode == "callback":
+                return self.whole(state, batch, *put_batch((positions,), self.mesh), keys, *put_batch((episodes,), self.mesh))
+            completion, where, cache = self.first(state, batch, *put_batch((positions,), self.mesh), keys)
+            completions = [completion]
+            for number in range(1, self.sampling.turns):
+                tokens, lengths, places = jax.device_get((completion.tokens, completion.lengths, where))
+                turn = put_batch(self.host(number, episodes, tokens, lengths, places), self.mesh)
+                completion, where, cache = self.following(state, turn, keys, cache, number)
+                completions.append(completion)
+            return completions
+
+
+def turn_shapes(prompts: Batch, tokens: int) -> Turn:
+    """The shapes and types of a turn's input, with a leading axis of any length: pictures are laid out as in the prompts."""
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    batch = Batch(
+        tokens=rows(jnp.int32, tokens),
+        positions=rows(jnp.int32, tokens, 3),
+        segments=rows(jnp.int32, tokens),
+        loss_mask=rows(bool, tokens),
+        visual_index=rows(jnp.int32, tokens),
+        vision=jax.tree.map(lambda x: rows(x.dtype, *x.shape[1:]), prompts.vision),
+    )
+    return Turn(batch, rows(jnp.int32), rows(bool))
+
+
+def ask(host: Host, like: Turn, number: int, episodes: jax.Array, completion: Completion, positions: jax.Array) -> Turn:
+    """Calls the host once for every shard of the data axis, in the middle of a jitted program; like: see `turn_shapes`.
+
+    A callback under `shard_map` runs on every device: the replicas along the model axis are kept from it by a branch, in which
+    no collective may stand, and get the answer by a sum of which theirs is zero.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = episodes.shape[0] // mesh.shape["data"]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), like)
+
+    def call(episodes, tokens, lengths, positions) -> Turn:
+        return host(number, *(np.asarray(x) for x in (episodes, tokens, lengths, positions)))
+
+    def local(*arguments: jax.Array) -> Turn:
+        answer = jax.lax.cond(
+            jax.lax.axis_index("model") == 0,
+            lambda *a: io_callback(call, shapes, *a, ordered=False),
+            lambda *a: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            *arguments,
+        )
+        return jax.tree.map(lambda x: jax.lax.psum(x, "model") if x.dtype != bool else jax.lax.pmax(x, "model"), answer)
+
+    by_row = PartitionSpec("data")
+    arguments = (episodes, completion.tokens, completion.lengths, positions)
+    return jax.shard_map(local, in_specs=(by_row,) * 4, out_specs=by_row, check_vma=False)(*arguments)
+
+
+def episode_keys(seed: int, prompts: Sequence[int], members: int) -> jax.Array:
+    """Keys [B] that depend on the seed, the prompt's number and the member alone, so that rows may be batched in any way."""
+    key = jax.random.key(seed)
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    by_prompt = fold(key, jnp.asarray(prompts))
+    return jax.vmap(fold, (0, None))(by_prompt, jnp.arange(members)).reshape(-1)
