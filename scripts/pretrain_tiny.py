@@ -14,14 +14,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="vstar_jax/assets/stick-motion-base", help="model directory to write")
     parser.add_argument("--work", default="runs/pretrain", help="run directory: clips, checkpoints, metrics")
-    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps")
+    parser.add_argument("--reading", type=int, default=1500, help="optimizer steps on text alone")
+    parser.add_argument("--watching", type=int, default=1200, help="optimizer steps on clips and text")
     parser.add_argument("--clips", type=int, default=6000, help="clips drawn before training")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     arguments = parser.parse_args()
 
     from vstar_jax.training.pretrain import pretrain
 
-    pretrain(Path(arguments.out), Path(arguments.work), arguments.steps, arguments.clips, arguments.seed)
+    pretrain(Path(arguments.out), Path(arguments.work), arguments.reading, arguments.watching, arguments.clips, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vstar_jax.batch import collate
+from vstar_jax.batch import Turn, collate
 from vstar_jax.config import PolicyConfig
 from vstar_jax.models.qwen2_5_vl import create
 from vstar_jax.models.text import KVCache
-from vstar_jax.rollout.episode import Rollout, Sampling, Turn, episode_keys
+from vstar_jax.rollout.episode import Rollout, Sampling, episode_keys
 from vstar_jax.rollout.sampler import decode, prefill
 from vstar_jax.sharding import put_batch, state_shardings
 

@@ -272,7 +272,7 @@ def test_prompts_do_not_tell_the_label_from_the_other_labels() -> None:
         cast = cast_of(seed)
         result = tools(everything, cast)
         prompt = text_of(second_messages(PROMPTS, result, cast.names)[0])
-        assert {prompt.count(name) for name in cast.names} == {2}  # in the list and in its explanation
+        assert {prompt.count(name) for name in cast.names} == {3}  # in the list, and before and after its explanation
         assert not any(name in text_of(first_messages(PROMPTS)[0]) for name in cast.names)
         assert not any(m in result.description for m in motions.SUB_MOTIONS)
         assert not re.search(r"mp4|clip-|/", prompt)
@@ -305,7 +305,8 @@ def test_lessons_show_no_action_and_no_name_of_the_evaluation() -> None:
     for seed in range(200):
         question, reply = pretraining.lookup_texts(np.random.default_rng(seed))
         definitions = question.splitlines()[:-1]
-        moves = {re.sub(r"^\w+ (means|is) | is called \w+$", "", line) for line in definitions}
+        moves = {re.sub(r"^- | makes \w+$", "", line) for line in definitions}
+        assert all(re.fullmatch(r"[a-z ]+( then [a-z ]+)+", m) for m in moves)
         assert not moves & taken
         assert not set(re.findall(r"\w+", question + reply)) & names.pool_names("eval")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -87,10 +88,12 @@ def test_a_checkpoint_is_restored_bit_for_bit_on_another_mesh(base, reference, m
         np.testing.assert_array_equal(a, b)
 
 
-def start(config: Config, run_dir: Path) -> subprocess.Popen:
+def start(config: Config, run_dir: Path, largest_file: int = resource.RLIM_INFINITY) -> subprocess.Popen:
     config_module.save(replace(config, run_dir=str(run_dir)), run_dir / "given.yaml")
     command = [sys.executable, str(PROGRAM), str(run_dir / "given.yaml")]
     environment = {**os.environ, "XLA_FLAGS": ""}
+    if largest_file != resource.RLIM_INFINITY:
+        command = ["bash", "-c", f'ulimit -f {largest_file // 1024}; exec "$@"', "bash", *command]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
 
 
@@ -119,6 +122,20 @@ def test_a_run_killed_at_any_step_and_started_again_gives_the_same_losses_bit_fo
     assert again.wait(PATIENCE) == 0, again.stderr.read()
     assert losses(killed) == losses(whole)
     assert len(losses(killed)) == base.sft.steps
+
+
+def test_a_disk_that_refuses_a_checkpoint_is_one_sentence_and_the_run_resumes_when_it_no_longer_does(base, reference, tmp_path):
+    """A limit on the size of files stands for a full disk: the write fails in the same place with another errno."""
+    process = start(base, tmp_path, largest_file=512 * 1024)
+    _, printed = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2, printed
+    assert "cannot be written to" in printed
+    assert "free some space" in printed
+    assert "Traceback" not in printed
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    again = start(base, tmp_path)
+    assert again.wait(PATIENCE) == 0, again.stderr.read()
+    assert losses(tmp_path) == losses(reference[0])
 
 
 def test_sigterm_saves_and_says_how_to_go_on(base, tmp_path):

@@ -85,6 +85,54 @@ class Batch:
     vision: Vision | None
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["batch", "positions", "active"], meta_fields=[])
+@dataclass(frozen=True)
+class Turn:
+    """What stands between two replies of an episode: the input of the next turn, from the host of a rollout.
+
+    batch: B rows in static shapes; positions int32 [B], of the first token that the policy will write; active bool [B], the
+    episodes that go on.
+    """
+
+    batch: Batch
+    positions: Array
+    active: Array
+
+
+def joined(parts: Sequence[Example]) -> Example:
+    """The pieces of one dialogue as a whole; their positions stay, visual tokens and groups of patches count on."""
+    visual = np.cumsum([0, *(len(p.patches) // MERGE for p in parts)])
+    windows = np.cumsum([0, *(p.window_id.max(initial=-1) + 1 for p in parts)])
+    frames = np.cumsum([0, *(p.frame_id.max(initial=-1) + 1 for p in parts)])
+    return Example(
+        tokens=np.concatenate([p.tokens for p in parts]),
+        positions=np.concatenate([p.positions for p in parts]),
+        loss_mask=np.concatenate([p.loss_mask for p in parts]),
+        visual_index=np.concatenate(
+            [np.where(p.visual_index >= 0, p.visual_index + n, -1) for p, n in zip(parts, visual, strict=False)]
+        ).astype(np.int32),
+        patches=np.concatenate([p.patches for p in parts]),
+        patch_hw=np.concatenate([p.patch_hw for p in parts]),
+        window_id=np.concatenate([p.window_id + n for p, n in zip(parts, windows, strict=False)]).astype(np.int32),
+        frame_id=np.concatenate([p.frame_id + n for p, n in zip(parts, frames, strict=False)]).astype(np.int32),
+    )
+
+
+def sampled(tokens: np.ndarray, start: int) -> Example:
+    """What the policy wrote, int32 [S], as a piece of a dialogue whose positions go on from `start`; all of it is a target."""
+    length = len(tokens)
+    return Example(
+        tokens=tokens.astype(np.int32),
+        positions=np.repeat(np.arange(start, start + length, dtype=np.int32)[:, None], 3, axis=1),
+        loss_mask=np.ones(length, bool),
+        visual_index=np.full(length, -1, np.int32),
+        patches=np.zeros((0, PATCH_VALUES), np.uint8),
+        patch_hw=np.zeros((0, 2), np.int32),
+        window_id=np.zeros(0, np.int32),
+        frame_id=np.zeros(0, np.int32),
+    )
+
+
 def bucket(length: int, sizes: Sequence[int], what: str) -> int:
     """The smallest of the ascending `sizes` that holds `length`; ValueError names the setting `what` when none does."""
     for size in sizes:

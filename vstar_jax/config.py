@@ -209,7 +209,7 @@ class GrpoConfig:
         keep: checkpoints kept.
     """
 
-    steps: int = 60
+    steps: int = 0
     prompts: int = 8
     group: int = 4
     updates: int = 1
@@ -230,6 +230,23 @@ class GrpoConfig:
     chunk: int = 128
     save_every: int = 10
     keep: int = 2
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How episodes are played in reinforcement learning.
+
+    Args:
+        mode: one jitted program that calls the host between the turns, or a return to Python after each turn.
+        max_new_tokens: most tokens a reply may have.
+        turn_tokens: tokens that the second turn's input is padded to.
+        deadline: seconds that the tools of a turn may take.
+    """
+
+    mode: Literal["callback", "segmented"] = "callback"
+    max_new_tokens: int = 128
+    turn_tokens: int = 192
+    deadline: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -263,6 +280,7 @@ class Config:
         sft: supervised fine-tuning.
         reward: what an episode is paid.
         grpo: reinforcement learning.
+        rollout: how its episodes are played.
         evaluation: held-out evaluation.
     """
 
@@ -275,6 +293,7 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
@@ -381,6 +400,9 @@ POSITIVE = (
     "grpo.chunk",
     "grpo.save_every",
     "grpo.keep",
+    "rollout.max_new_tokens",
+    "rollout.turn_tokens",
+    "rollout.deadline",
     "evaluation.batch_size",
     "evaluation.max_new_tokens",
 )

@@ -160,7 +160,7 @@ class Recorded:
         clips = [self.chat.clip(f, clip.fps) for f in (clip.frames, shown) if f is not None]
         return self.chat.encode(messages, clips, target=self.config.sft.target)
 
-    def episode(self, record: Record, rng: np.random.Generator) -> Episode | None:
+    def episode(self, record: Record, rng: np.random.Generator, *, training: bool = False) -> Episode | None:
         """An episode over the whole vocabulary of the record's list; None when the clip cannot be read."""
         clip = self._read(record)
         if clip is None:

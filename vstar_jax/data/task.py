@@ -17,7 +17,7 @@ class Episode:
 
     name: the clip's name, for logs and result files; group: the set of classes it is scored in, such as base or novel;
     frames uint8 [T, H, W, 3] at fps frames a second; labels: the allowed names in the order of the prompt; answer: the right
-    one; tools: what the tools return for a decision.
+    one; tools: what the tools return for a decision; explanation: what the right answer means, for the reward, or None.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Episode:
     labels: tuple[str, ...]
     answer: str
     tools: Callable[[Decision], ToolResult]
+    explanation: str | None = None
 
 
 class Task(Protocol):
@@ -59,6 +60,6 @@ class Task(Protocol):
         """A training dialogue, drawn afresh with `rng`; None when the clip cannot be read."""
         ...
 
-    def episode(self, record: Any, rng: np.random.Generator) -> Episode | None:
-        """A held-out episode; None when the clip cannot be read."""
+    def episode(self, record: Any, rng: np.random.Generator, *, training: bool = False) -> Episode | None:
+        """An episode to be tried on, or with `training` one to learn from by reward; None when the clip cannot be read."""
         ...

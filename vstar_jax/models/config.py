@@ -23,6 +23,7 @@ class TextArchitecture:
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
+    initializer_range: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Architecture:
                 rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
                 mrope_section=tuple(rope["mrope_section"]),
                 norm_eps=text["rms_norm_eps"],
+                initializer_range=text.get("initializer_range", 0.02),
                 tie_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
             ),
             vision=VisionArchitecture(
@@ -131,6 +133,7 @@ class Architecture:
             "hidden_act": "silu",
             "max_position_embeddings": 128000,
             "rms_norm_eps": text.norm_eps,
+            "initializer_range": text.initializer_range,
             "rope_theta": text.rope_theta,
             "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
             "use_sliding_window": False,
@@ -166,12 +169,13 @@ TINY = Architecture(
         vocab=1024,
         hidden=128,
         intermediate=384,
-        layers=4,
+        layers=3,
         heads=4,
-        kv_heads=2,
+        kv_heads=4,
         head_dim=32,
         rope_theta=1e4,
         mrope_section=(4, 6, 6),
+        initializer_range=0.08,  # embeddings of 0.02 are lost in the direction in which rare tokens are pushed away
     ),
     vision=VisionArchitecture(hidden=128, intermediate=384, layers=3, heads=4, full_attention_layers=(2,), out_hidden=128),
     image_pad=5,

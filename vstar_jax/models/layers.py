@@ -6,13 +6,14 @@ passes `stack=L`: its parameters lead with L, and inside the scan the same code 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 INITIALIZER_RANGE = 0.02
-"""Standard deviation of fresh weights, HF's initializer_range: small outputs leave the residual stream its embeddings."""
+"""Standard deviation of fresh weights, HF's initializer_range."""
 
 
 class LoraParam(nnx.Param):
@@ -50,10 +51,10 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         stack: int | None = None,
+        std: float = INITIALIZER_RANGE,
         rngs: nnx.Rngs,
     ):
         self.inputs, self.outputs, self.axes, self.dtype, self.stack = tuple(inputs), tuple(outputs), tuple(axes), dtype, stack
-        std = INITIALIZER_RANGE
         self.kernel = parameter(rngs, (*inputs, *outputs), axes, param_dtype, std, stack)
         self.bias = parameter(rngs, outputs, axes[len(inputs) :], param_dtype, None, stack) if bias else None
         self.lora_a: nnx.Param | None = nnx.data(None)
@@ -96,10 +97,9 @@ class RMSNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) with the middle width split over `model`."""
+    """down(silu(gate(x)) * up(x)) with the middle width split over `model`; options as of `Linear`."""
 
-    def __init__(self, width: int, middle: int, *, bias: bool, dtype, param_dtype, stack: int | None, rngs: nnx.Rngs):
-        options = dict(bias=bias, dtype=dtype, param_dtype=param_dtype, stack=stack, rngs=rngs)
+    def __init__(self, width: int, middle: int, **options: Any):
         self.gate_proj = Linear((width,), (middle,), ("embed", "mlp"), **options)
         self.up_proj = Linear((width,), (middle,), ("embed", "mlp"), **options)
         self.down_proj = Linear((middle,), (width,), ("mlp", "embed"), **options)

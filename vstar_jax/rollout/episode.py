@@ -7,7 +7,6 @@ after every turn. They give the same tokens; the second is the oracle, and the w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -17,26 +16,12 @@ from flax import nnx
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
-from vstar_jax.batch import Batch
+from vstar_jax.batch import Batch, Turn
 from vstar_jax.models.text import KVCache
 from vstar_jax.rollout.sampler import Completion, decode, prefill
 from vstar_jax.sharding import put_batch
 
 Mode = Literal["callback", "segmented"]
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["batch", "positions", "active"], meta_fields=[])
-@dataclass(frozen=True)
-class Turn:
-    """What the host puts between two replies: the input of the next turn.
-
-    batch: B rows in static shapes, a row without tokens when its episode is over; positions int32 [B], of the first token
-    that the policy will write; active bool [B], the episodes that go on.
-    """
-
-    batch: Batch
-    positions: Any
-    active: Any
 
 
 Host = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Turn]

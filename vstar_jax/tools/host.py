@@ -13,27 +13,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from vstar_jax.batch import Batch, Example, Groups, Vision, collate, group
+from vstar_jax.batch import Batch, Example, Groups, Turn, Vision, collate, group
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.task import Episode
 from vstar_jax.dialogue import Decision, Dialect, Prompts, ToolResult, parse_decision, second_messages
 from vstar_jax.errors import UserError
+from vstar_jax.tools.protocol import SENTENCES, Status
 
 log = logging.getLogger(__name__)
 
-Status = Literal["ok", "timeout", "error", "malformed", "unavailable"]
-STATUSES: tuple[Status, ...] = ("ok", "timeout", "error", "malformed", "unavailable")
-SENTENCES: Mapping[Status, str] = {
-    "timeout": "The tools took too long and gave nothing.",
-    "error": "The tools failed and gave nothing.",
-    "malformed": "The tools gave something that cannot be used.",
-    "unavailable": "The tools cannot be reached.",
-}
-"""What the policy reads in the place of a result, by status."""
 GRACE = 0.5
 """Seconds beyond the deadline that tools which do not keep it are waited for."""
 
@@ -127,8 +119,13 @@ class Host:
                 )
             self._unanswered[number] = plain
 
-    def __call__(self, turn: int, episodes: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray):
-        """See `rollout.episode.Host`; returns (batch, positions, active) of a `Turn`."""
+    def shown(self, episode: int, turn: int) -> Example:
+        """What the policy was shown after reply number `turn` of an episode, with positions from 0."""
+        exchange = self.exchanges.get((episode, turn))
+        return self._unanswered[episode] if exchange is None else exchange.example
+
+    def __call__(self, turn: int, episodes: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Turn:
+        """See `rollout.episode.Host`."""
         started = time.monotonic()
         try:
             examples = self._answers(turn, episodes, tokens, lengths)
@@ -143,7 +140,7 @@ class Host:
         following = starts + np.asarray([e.positions.max() + 1 for e in examples], np.int32)
         with self._lock:
             self.counts.seconds = max(self.counts.seconds, time.monotonic() - started)
-        return batch, following.astype(np.int32), np.ones(len(episodes), bool)
+        return Turn(batch, following.astype(np.int32), np.ones(len(episodes), bool))
 
     def _answers(self, turn: int, episodes: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> list[Example]:
         numbers = [int(n) for n in episodes]
@@ -152,6 +149,8 @@ class Host:
         decisions = [parse_decision(reply, self.dialect) for reply in replies]
         calls = [Call(self.episodes[numbers[i]], turn, d) for i, d in zip(missing, decisions, strict=True)]
         for i, reply, call, outcome in zip(missing, replies, calls, self._asked(calls), strict=True):
+            if not _like(outcome.result.frames, call.episode.frames):
+                outcome = self._failed(call.decision, "malformed")
             example = self._example(call.episode, outcome.result)
             if not self._fits(example):
                 outcome = self._failed(call.decision, "malformed")
@@ -209,6 +208,11 @@ class Host:
         windows = _grouped([e.window_id for e in examples], patches, like.windows)
         frames = _grouped([e.frame_id for e in examples], patches, like.frames)
         return replace(batch, vision=Vision(pixels, places, windows, frames))
+
+
+def _like(frames: object, raw: np.ndarray) -> bool:
+    """Whether annotated frames can stand for the raw ones; a clip that is not there can."""
+    return frames is None or (isinstance(frames, np.ndarray) and frames.shape == raw.shape and frames.dtype == raw.dtype)
 
 
 def _grouped(ids: Sequence[np.ndarray], patches: int, like: Groups) -> Groups:

@@ -18,6 +18,8 @@ from vstar_jax.evaluation.protocol import evaluate
 from vstar_jax.evaluation.report import Prediction, print_table, summarise, title, write_json, write_predictions
 from vstar_jax.models import hf, lora
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, check_mesh
+from vstar_jax.tools.host import annotations
+from vstar_jax.training.grpo import train_grpo
 from vstar_jax.training.metrics import MetricsWriter, draw_curves
 from vstar_jax.training.sft import train
 
@@ -52,6 +54,12 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
         with MetricsWriter(run_dir, resume_step=config.sft.steps) as metrics:
             final = rows["after SFT"]
             metrics.write(config.sft.steps, {f"eval/{k}": v for k, v in final.items() if k.endswith("top1")})
+        model = nnx.merge(trained.graphdef, state)
+        draw_curves(run_dir)
+    if config.grpo.steps:
+        learned = train_grpo(model, task, chat, annotations, config, mesh, run_dir)
+        state = nnx.merge_state(learned.state.params, learned.state.frozen)
+        rows["after GRPO"] = _measured(run_dir, "grpo", learned.graphdef, state, task, chat, config, mesh)
         draw_curves(run_dir)
     print_table(rows, title(config))
     result = {"mesh": config.mesh, "seed": config.seed, "steps": config.sft.steps, "leakage": leakage, **rows}

@@ -1,4 +1,4 @@
-"""Makes StickMotion's base model: a tokenizer, random weights, and one SFT run on perception and look-up.
+"""Makes StickMotion's base model: a tokenizer, random weights, and two SFT runs, on text and then on clips.
 
 The examples come from `data.stick_motion.pretraining`; the run is `training.sft`, so it shows progress and resumes.
 """
@@ -60,24 +60,30 @@ def blank_model(directory: Path, seed: int) -> None:
     shutil.rmtree(staging)
 
 
-def pretrain(out: Path, work: Path, steps: int, clips: int, seed: int) -> None:
-    """Trains for `steps` steps in `work` (resuming there) and writes the model to `out` in bfloat16."""
+def pretrain(out: Path, work: Path, reading: int, watching: int, clips: int, seed: int) -> None:
+    """Trains in `work` (resuming there) and writes the model to `out` in bfloat16.
+
+    It first reads: `reading` steps on text alone, which are cheap and teach it to copy and to look up. Then it watches:
+    `watching` steps, with a share of the lessons on clips.
+    """
     blank = work / "blank"
     work.mkdir(parents=True, exist_ok=True)
     blank_model(blank, seed)
-    config = Config(
-        seed=seed,
-        run_dir=str(work),
-        policy=PolicyConfig(path=str(blank)),
-        data=DataConfig(tokens=(256,), patches=(256,), pack=True),
-        sft=SftConfig(steps=steps, batch_size=32, learning_rate=1.5e-3, warmup=50, save_every=100),
-    )
-    mesh = sharding.make_mesh(config.mesh)
-    chat = Chat(blank, config.video)
-    lessons = Lessons(chat, config.video, work / "clips", clips, seed)
-    model = hf.load(blank, config.policy, mesh)
-    run = train(model, train_batches(lessons, lessons.example, config), config, mesh, work)
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), run.state.params)
-    model = nnx.merge(run.graphdef, params, run.state.frozen)
-    hf.save(model, out, like=blank)
-    print(f"wrote {out}; its training curve is in {work}/metrics.jsonl")
+    policy = PolicyConfig(path=str(blank))
+    mesh = sharding.make_mesh(Config().mesh)
+    model = hf.load(blank, policy, mesh)
+    for name, steps, rows, rate, share in (("reading", reading, 16, 2e-3, 0.0), ("watching", watching, 32, 1.5e-3, 0.65)):
+        config = Config(
+            seed=seed,
+            run_dir=str(work / name),
+            policy=policy,
+            data=DataConfig(tokens=(256,), patches=(256,), pack=True),
+            sft=SftConfig(steps=steps, batch_size=rows, learning_rate=rate, warmup=50, save_every=100),
+        )
+        chat = Chat(blank, config.video)
+        lessons = Lessons(chat, config.video, work / "clips", clips, seed, share)
+        run = train(model, train_batches(lessons, lessons.example, config), config, mesh, Path(config.run_dir))
+        model = nnx.merge(run.graphdef, run.state.params, run.state.frozen)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.split(model)[1])
+    hf.save(nnx.merge(run.graphdef, params), out, like=blank)
+    print(f"wrote {out}; its training curves are in {work}/reading and {work}/watching")

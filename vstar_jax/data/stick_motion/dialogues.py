@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vstar_jax.data import annotate
-from vstar_jax.data.stick_motion.motions import Action, actions, explanation
-from vstar_jax.data.stick_motion.names import Pool, names
+from vstar_jax.data.stick_motion.motions import Action, actions
+from vstar_jax.data.stick_motion.names import Pool, defined, names
 from vstar_jax.dialogue import Decision, Prompts, ToolResult, second_messages
 
 CANDIDATES = 3
@@ -40,7 +40,7 @@ class Cast:
         """A line "- name: explanation" for each label; a name has a blank before it everywhere, so that it is always two tokens
         of one kind.
         """
-        lines = (f"- {name}: {explanation(action.sub_motions)}" for name, action in zip(self.names, self.actions, strict=True))
+        lines = (f"- {name}: {defined(action, name)}" for name, action in zip(self.names, self.actions, strict=True))
         return "\n".join(lines)
 
 
@@ -80,10 +80,11 @@ def second_reply(cast: Cast, rng: np.random.Generator, verdicts: bool = True) ->
     order = sorted(rng.permutation(len(cast.actions)), key=lambda i: (i != cast.shown, -overlap(cast.actions[i], shown)))
     picked = [order[i] for i in rng.permutation(min(CANDIDATES, len(order)))]
     observed = " ".join(f"- {m}: {when}" for m, when in zip(shown.sub_motions, STAGES, strict=False))
-    listed = ", ".join(cast.names[i] for i in picked)
-    compared = " ".join(f"- {cast.names[i]}: {_compare(cast.actions[i], shown, verdicts)}" for i in picked)
+    listed = ", ".join(defined(cast.actions[i], cast.names[i]) for i in picked)
+    compared = " ".join(f"- {_compare(cast.actions[i], shown, verdicts)} = {cast.names[i]}" for i in picked)
     return (
-        f"<think>[1] Observed: {observed} [2] Candidates: {listed} [3] Comparison: {compared} [4] Decision: {name}</think>"
+        f"<think>[1] Observed: {observed} [2] Candidates: {listed} [3] Comparison: {compared} "
+        f"[4] Decision: 1.0 = {name}</think>"
         f"<answer> {name}</answer>"
     )
 

@@ -44,7 +44,16 @@ def pool_names(pool: Pool) -> frozenset[str]:
     return frozenset(itertools.chain.from_iterable(_NAMES[pool]))
 
 
+def defined(action: Action, name: str) -> str:
+    """The explanation of a name, such as "raise left arm then squat = bako".
+
+    It ends with the name, so that a small model finds the moves after the name and the name after the moves: looking back
+    from moves to a name before them is what it learns last.
+    """
+    return f"{explanation(action.sub_motions)} = {name}"
+
+
 def glossary() -> dict[str, str]:
     """Name -> explanation, for every name of every action."""
     pools: tuple[Pool, ...] = ("train", "eval")
-    return {name: explanation(action.sub_motions) for action in ACTIONS for pool in pools for name in names(action, pool)}
+    return {name: defined(action, name) for action in ACTIONS for pool in pools for name in names(action, pool)}

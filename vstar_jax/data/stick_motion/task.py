@@ -12,6 +12,7 @@ from vstar_jax.data.builders.stick_motion import Record, Records, prepare
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.clips import ClipRecord
 from vstar_jax.data.stick_motion.dialogues import decision, draw_cast, first_reply, second_reply, tool_result
+from vstar_jax.data.stick_motion.motions import explanation
 from vstar_jax.data.task import Episode
 from vstar_jax.data.video import Clip, ReadCounts, VideoError, read
 from vstar_jax.dialogue import Decision, Prompts, ToolResult, assistant, first_messages, second_messages
@@ -76,12 +77,12 @@ class StickMotion:
         shown = [clip.frames] if result.frames is None else [clip.frames, result.frames]
         return self.chat.encode(messages, [self.chat.clip(frames, clip.fps) for frames in shown], target=self.config.sft.target)
 
-    def episode(self, record: Record, rng: np.random.Generator) -> Episode | None:
-        """An episode with fresh names from the evaluation pool, or None when the clip cannot be read."""
+    def episode(self, record: Record, rng: np.random.Generator, *, training: bool = False) -> Episode | None:
+        """An episode with fresh names from the pool of its purpose, or None when the clip cannot be read."""
         clip = self._read(record)
         if clip is None:
             return None
-        cast = draw_cast(record.action, self.config.data.labels, "eval", rng)
+        cast = draw_cast(record.action, self.config.data.labels, "train" if training else "eval", rng)
         return Episode(
             name=record.name,
             group=record.action.group,
@@ -90,6 +91,7 @@ class StickMotion:
             labels=cast.names,
             answer=cast.names[cast.shown],
             tools=partial(self._tools, record, clip.frames, cast.explanations),
+            explanation=explanation(record.action.sub_motions),
         )
 
     def _read(self, record: Record) -> Clip | None:

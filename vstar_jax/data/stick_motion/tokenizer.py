@@ -1,4 +1,4 @@
-"""StickMotion's tokenizer: byte-level BPE in which every word of ours is a token and every invented name is two.
+"""StickMotion's tokenizer: byte-level BPE in which a word or a sub-motion is a token and every invented name is two.
 
 It is trained on single words, the syllables most often and no name among them, so that a name always falls into its two
 syllables and a model can only copy it, never know it.
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vstar_jax.data.stick_motion.motions import SUB_MOTIONS
 from vstar_jax.data.stick_motion.names import SYLLABLES
 
 SPECIAL = (
@@ -26,8 +27,12 @@ TEMPLATE = (
     "{%- else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-PIECES = r" ?\[[0-9]\]| ?[0-9]\.[0-9]| ?[a-zA-Z]+| ?[0-9]| ?[^a-zA-Z0-9\s]+|\s+"
-"""What a token may span: a section's heading such as [1], a score, a word, a digit, a run of punctuation or of blanks."""
+PIECES = rf" ?(?:{'|'.join(SUB_MOTIONS)})| ?\[[0-9]\]| ?[0-9]\.[0-9]| ?[a-zA-Z]+| ?[0-9]| ?[^a-zA-Z0-9\s]+|\s+"
+"""What a token may span: a sub-motion, a section's heading such as [1], a score, a word, a digit, punctuation, blanks.
+
+A sub-motion is one token, as frequent phrases are in large vocabularies of this kind: were it three, looking an action up by
+its moves took a model of this size many times the steps (tried).
+"""
 MOST_MERGES = 4000
 
 
