@@ -1,6 +1,10 @@
 """Tests run on eight simulated CPU devices; set before JAX starts, and inherited by the programs that tests start."""
 
+import importlib.util
 import os
+
+# The tools server has extras of its own (tools, yolo), one of them AGPL-3.0: its tests run where they are installed.
+collect_ignore_glob = [] if importlib.util.find_spec("ultralytics") else ["test_tools_*.py"]
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"

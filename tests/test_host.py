@@ -181,5 +181,5 @@ def test_replaced_history_starts_from_the_beginning_with_a_clip_in_any_case(chat
 
 
 def test_a_turn_that_could_never_fit_is_refused_before_the_rollout(chat, prompts):
-    with pytest.raises(UserError, match="raise rollout[.]turn_tokens"):
+    with pytest.raises(UserError, match=r"raise rollout[.]turn_tokens"):
         host_of(chat, prompts, annotations, tokens=16)

@@ -132,7 +132,7 @@ class SftConfig:
         keep: checkpoints kept.
     """
 
-    steps: int = 150
+    steps: int = 250
     batch_size: int = 32
     accumulate: int = 1
     learning_rate: float = 1e-3

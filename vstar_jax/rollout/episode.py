@@ -93,7 +93,7 @@ class Rollout:
             return completions
 
         self.first, self.whole = jax.jit(first), jax.jit(whole)
-        self.following = jax.jit(following, donate_argnames="cache")
+        self.following = jax.jit(following)
 
     def __call__(
         self, state: Any, batch: Batch, positions: np.ndarray, keys: jax.Array, episodes: np.ndarray
@@ -119,7 +119,7 @@ class Rollout:
 def turn_shapes(prompts: Batch, tokens: int) -> Turn:
     """The shapes and types of a turn's input, with a leading axis of any length: pictures are laid out as in the prompts."""
 
-    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def rows(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((1, *shape), dtype)
 
     batch = Batch(

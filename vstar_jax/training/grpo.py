@@ -159,7 +159,7 @@ def make_grpo_step(graphdef: Any, optimizer: Any, config: Config, state: TrainSt
         model = nnx.merge(graphdef, params, frozen)
         log_probs = token_log_probs(model, part.batch, chunk=grpo.chunk, temperature=grpo.temperature)
         reference = part.reference if grpo.beta else None
-        totals = grpo_loss(log_probs, part.old, reference, part.advantages, part.batch.loss_mask, grpo, limit)
+        totals = grpo_loss(log_probs, part.old, reference, part.advantages, jnp.asarray(part.batch.loss_mask), grpo, limit)
         return totals.loss, totals
 
     def split(x: jax.Array) -> jax.Array:

@@ -1,0 +1,44 @@
+"""The tools over MCP (streamable HTTP at /mcp), for agents: a thin face of the same service.
+
+A clip is named by its id and is uploaded over HTTP before. No session is kept, so any replica can answer any call.
+"""
+
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from mcp.server.mcpserver import MCPServer
+from mcp.server.transport_security import TransportSecuritySettings
+
+from vstar_jax.tools import protocol
+from vstar_jax.tools.protocol import Answer, ClipArguments, LabelArguments, Tool
+
+if TYPE_CHECKING:
+    from tools_server.service import Service
+
+SECONDS = 60.0
+"""What a call may take: agents are more patient than rollouts."""
+
+
+def add(app: FastAPI, service: "Service") -> AbstractAsyncContextManager[None]:
+    """Adds the route; what is returned must be entered while the application runs."""
+    server = MCPServer("vstar_jax tools", version=protocol.VERSION, log_level="WARNING")
+    for tool, description in protocol.TOOLS.items():
+        server.add_tool(_function(service, tool), name=tool, description=description)
+    open_to_the_gate = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    inner = server.streamable_http_app(json_response=True, stateless_http=True, transport_security=open_to_the_gate)
+    app.router.routes.extend(inner.routes)
+    return server.session_manager.run()
+
+
+def _function(service: "Service", tool: Tool):  # type: ignore[no-untyped-def]
+    from tools_server.app import call_tool
+
+    async def look(clip: str, frames: list[int] | None = None) -> Answer:
+        arguments = ClipArguments.model_validate({"clip": clip, "frames": frames})
+        return await call_tool(service, tool, arguments, SECONDS)
+
+    async def explain(labels: list[str]) -> Answer:
+        return await call_tool(service, tool, LabelArguments.model_validate({"labels": labels}), SECONDS)
+
+    return explain if protocol.ARGUMENTS[tool] is LabelArguments else look
