@@ -149,7 +149,8 @@ def train(task: Task, data: Path, start: Path | None, work: Path, epochs: int, s
     model = YOLO(architecture, task=task)
     if start:
         model.load(start)
-    model.add_callback("on_train_epoch_start", tolerate)
+    if task == "pose":
+        model.add_callback("on_train_epoch_start", tolerate)
     model.train(data=data, project=str(work.resolve()), name=task, epochs=epochs, seed=seed, **SETTINGS)
     return work / task / "weights" / "last.pt"
 
