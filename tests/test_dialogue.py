@@ -231,6 +231,17 @@ def test_anything_around_or_between_the_two_parts_is_not_well_formed(text: str) 
     assert not parse_reply(text).well_formed
 
 
+def test_a_candidate_may_stand_after_what_its_name_means() -> None:
+    reply = parse_reply(
+        "<think>[1] Observed: - squat: first [2] Candidates: squat then bow = zuko, bow then squat = mila "
+        "[3] Comparison: - squat then bow = zuko: squat yes, bow no, score 0.5 - bow then squat = mila: score 0.0</think>"
+        "<answer> zuko</answer>"
+    )
+    assert reply.candidates == ("zuko", "mila")
+    assert reply.scores == {"zuko": 0.5, "mila": 0.0}
+    assert reply.comparisons["zuko"] == "squat yes, bow no, score 0.5"
+
+
 def test_several_answers_are_no_answer() -> None:
     assert parse_reply("<answer>a</answer><answer>b</answer>").answer is None
     assert parse_reply("<answer>  </answer>").answer is None

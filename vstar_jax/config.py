@@ -122,9 +122,10 @@ class SftConfig:
         steps: optimizer steps; 0 skips SFT.
         batch_size: rows a step, over all devices.
         accumulate: micro-batches that a step is split into.
+        optimizer: adamw, or muon for the kernels of the layers with adamw for the rest (Jordan et al., 2024).
         learning_rate: peak of the cosine schedule.
         warmup: steps of linear warm-up.
-        weight_decay: AdamW weight decay.
+        weight_decay: decoupled weight decay of matrices.
         max_grad_norm: gradients are clipped to this global norm.
         chunk: tokens whose logits exist at a time.
         target: train on the assistant's tokens, or on all text as the released code does.
@@ -135,6 +136,7 @@ class SftConfig:
     steps: int = 250
     batch_size: int = 32
     accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 10
     weight_decay: float = 0.01

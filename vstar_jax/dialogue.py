@@ -261,14 +261,13 @@ def _listed(section: str) -> list[str]:
 
 
 def _items(section: str) -> list[tuple[str, str]]:
-    """Name and rest of the "- name: rest" or "- rest = name" items of a section, on lines of their own or in one."""
+    """Name and rest of the "- name: rest" or "- what it means = name: rest" items of a section, in lines or in one."""
     found: list[tuple[str, str]] = []
     for part in re.split(r"(?:^|\s)-\s", section)[1:]:
-        name, colon, rest = part.partition(":")
-        if not colon:
-            rest, colon, name = part.rpartition("=")
-        if colon and _plain(name):
-            found.append((_plain(name), rest))
+        before, colon, rest = part.partition(":")
+        name = _plain(before.rpartition("=")[2])
+        if colon and name:
+            found.append((name, rest))
     return found
 
 

@@ -23,9 +23,15 @@ from vstar_jax.data.stick_motion.names import all_names, pool_names
 from vstar_jax.data.stick_motion.pretraining import Lessons
 from vstar_jax.dialogue import Prompts
 from vstar_jax.models import hf
-from vstar_jax.models.config import TINY
-from vstar_jax.models.qwen2_5_vl import create
+from vstar_jax.models.config import TINY, TextArchitecture
+from vstar_jax.models.qwen2_5_vl import Qwen25VL, create
+from vstar_jax.training.exam import examine
 from vstar_jax.training.sft import train
+
+LOOK_BACK_FREQUENCIES, LOOK_BACK_NORM = (
+    4,
+    4.0,
+)  # the fastest of RoPE, which tell neighbours apart; strong, but not a hard choice
 
 
 def words() -> set[str]:
@@ -56,8 +62,26 @@ def blank_model(directory: Path, seed: int) -> None:
     )
     control = {"bos_token_id": ids.pad, "pad_token_id": ids.pad, "eos_token_id": ids.end}
     (staging / "config.json").write_text(json.dumps({**architecture.to_hf(), **control}, indent=2) + "\n")
-    hf.save(create(architecture, PolicyConfig(), seed), directory, like=staging)
+    model = create(architecture, PolicyConfig(), seed)
+    look_back(model, architecture.text)
+    hf.save(model, directory, like=staging)
     shutil.rmtree(staging)
+
+
+def look_back(model: Qwen25VL, text: TextArchitecture) -> None:
+    """Lets head h of the first layer begin by attending h + 1 tokens back, with biases of queries and keys.
+
+    Copying is built on heads that know what stood before a token (Olsson et al., 2022). A model of this size came to them in
+    three times the steps from biases of zero (measured on the lessons in which words are repeated).
+    """
+    half, sharp = text.head_dim // 2, LOOK_BACK_FREQUENCIES
+    angles = text.rope_theta ** (-np.arange(sharp) / half) * np.arange(1, text.heads + 1)[:, None]
+    queries, keys = np.zeros((2, text.layers, text.heads, text.head_dim), np.float32)
+    queries[0, :, :sharp] = LOOK_BACK_NORM
+    keys[0, :, :sharp], keys[0, :, half : half + sharp] = LOOK_BACK_NORM * np.cos(angles), LOOK_BACK_NORM * np.sin(angles)
+    layers = model.text.layers
+    layers.q_proj.bias.set_value(jnp.asarray(queries))
+    layers.k_proj.bias.set_value(jnp.asarray(keys))
 
 
 def pretrain(out: Path, work: Path, reading: int, watching: int, clips: int, seed: int) -> None:
@@ -72,13 +96,16 @@ def pretrain(out: Path, work: Path, reading: int, watching: int, clips: int, see
     policy = PolicyConfig(path=str(blank))
     mesh = sharding.make_mesh(Config().mesh)
     model = hf.load(blank, policy, mesh)
-    for name, steps, rows, rate, share in (("reading", reading, 16, 2e-3, 0.0), ("watching", watching, 32, 1.5e-3, 0.65)):
+    for name, steps, rows, rate, share, optimizer in (
+        ("reading", reading, 16, 4e-3, 0.0, "muon"),
+        ("watching", watching, 32, 1.5e-3, 0.65, "adamw"),
+    ):
         config = Config(
             seed=seed,
             run_dir=str(work / name),
             policy=policy,
             data=DataConfig(tokens=(256,), patches=(256,), pack=True),
-            sft=SftConfig(steps=steps, batch_size=rows, learning_rate=rate, warmup=50, save_every=100),
+            sft=SftConfig(steps=steps, batch_size=rows, optimizer=optimizer, learning_rate=rate, warmup=50, save_every=100),
         )
         chat = Chat(blank, config.video)
         lessons = Lessons(chat, config.video, work / "clips", clips, seed, share)
@@ -87,3 +114,5 @@ def pretrain(out: Path, work: Path, reading: int, watching: int, clips: int, see
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.split(model)[1])
     hf.save(nnx.merge(run.graphdef, params), out, like=blank)
     print(f"wrote {out}; its training curves are in {work}/reading and {work}/watching")
+    for kind, share in examine(hf.load(out, PolicyConfig(), mesh), chat, config.video, mesh).items():
+        print(f"{kind}: {share:.0%} right")

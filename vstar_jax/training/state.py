@@ -18,6 +18,8 @@ from vstar_jax.models.lora import trainable
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.objectives.sft import Totals, sft_loss
 
+ADAM_B2 = 0.98  # short runs: the default of 0.999 would not settle within them
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "key", "params", "frozen", "optimizer"], meta_fields=[])
 @dataclass(frozen=True)
@@ -34,21 +36,40 @@ class TrainState:
 
 
 def make_optimizer(config: SftConfig) -> optax.GradientTransformation:
-    """AdamW under a linear warm-up and a cosine to zero, after clipping by the global norm."""
+    """AdamW or Muon under a linear warm-up and a cosine to zero, after clipping by the global norm.
+
+    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al., 2025, section 2.2).
+    """
     cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, max(config.steps, config.warmup + 1))
 
     def schedule(count: jax.Array) -> jax.Array:
         return cosine(count + 1)  # the first step learns something, the last one comes to rest
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=config.weight_decay, mask=_decayed),
-    )
+    if config.optimizer == "muon":
+        update = optax.contrib.muon(
+            schedule,
+            adam_b2=ADAM_B2,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=_decayed,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=partial(jax.tree.map_with_path, _as_matrix),
+        )
+    else:
+        update = optax.adamw(schedule, b2=ADAM_B2, weight_decay=config.weight_decay, mask=_decayed)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
 
 
 def _decayed(params: Any) -> Any:
     """Weight decay is for matrices: norms and biases are left out."""
     return jax.tree.map_with_path(lambda path, _: path[-2].key not in ("bias", "weight"), params)
+
+
+def _as_matrix(path: Any, value: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a layer's kernel are inputs and which outputs, after the axis of layers; None is for AdamW."""
+    if path[-2].key != "kernel" or value.ndim < 3:
+        return None
+    split = 3 if path[-3].key in ("o_proj", "proj") else 2  # these two sum over heads and their channels
+    return optax.contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, value.ndim)))
 
 
 def create_state(
@@ -64,10 +85,11 @@ def create_state(
     shapes = jax.eval_shape(optimizer.init, params)
     shardings = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, s: s,
+        lambda x, s: x if isinstance(x, optax.MaskedNode) else s,
         shapes,
         sharding.state_shardings(params, mesh),
         transform_non_params=lambda _: sharding.replicated(mesh),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # what one part of the optimizer leaves to another
     )
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     step, key = jax.device_put((jnp.int32(0), jax.random.key(seed)), sharding.replicated(mesh))

@@ -74,16 +74,19 @@ def first_reply(cluttered: bool) -> str:
 def second_reply(cast: Cast, rng: np.random.Generator, verdicts: bool = True) -> str:
     """Turn 2: what is seen, the nearest candidates, a verdict for each of their sub-motions, their scores, the answer.
 
+    A definition is always repeated as it was given, name last, and judged after: with verdicts among its moves the name could
+    not be copied by what stands before it, and a model of this size did not learn to find it.
+
     Without `verdicts` the candidates' sub-motions are only repeated (the ablation).
     """
     shown, name = cast.actions[cast.shown], cast.names[cast.shown]
     order = sorted(rng.permutation(len(cast.actions)), key=lambda i: (i != cast.shown, -overlap(cast.actions[i], shown)))
     picked = [order[i] for i in rng.permutation(min(CANDIDATES, len(order)))]
     observed = " ".join(f"- {m}: {when}" for m, when in zip(shown.sub_motions, STAGES, strict=False))
-    listed = ", ".join(defined(cast.actions[i], cast.names[i]) for i in picked)
-    compared = " ".join(f"- {_compare(cast.actions[i], shown, verdicts)} = {cast.names[i]}" for i in picked)
+    definitions = {i: defined(cast.actions[i], cast.names[i]) for i in picked}
+    compared = " ".join(f"- {definitions[i]}: {_compare(cast.actions[i], shown, verdicts)}" for i in picked)
     return (
-        f"<think>[1] Observed: {observed} [2] Candidates: {listed} [3] Comparison: {compared} "
+        f"<think>[1] Observed: {observed} [2] Candidates: {', '.join(definitions.values())} [3] Comparison: {compared} "
         f"[4] Decision: 1.0 = {name}</think>"
         f"<answer> {name}</answer>"
     )
@@ -94,7 +97,7 @@ def _compare(candidate: Action, shown: Action, verdicts: bool) -> str:
     same += [False] * (len(candidate.sub_motions) - len(same))
     words = [f"{m} {'yes' if s else 'no'}" if verdicts else m for m, s in zip(candidate.sub_motions, same, strict=True)]
     score = sum(same) / max(len(candidate.sub_motions), len(shown.sub_motions))
-    return f"{', '.join(words)}, score {score:.1f}"
+    return f"{' '.join(words)} score {score:.1f}"
 
 
 def description(keypoints: np.ndarray) -> str:

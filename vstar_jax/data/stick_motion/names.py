@@ -17,12 +17,14 @@ NAME_SEED = 2027
 TRAIN_NAMES, EVAL_NAMES = 12, 5  # per action
 SYLLABLES: tuple[str, ...] = tuple(c + v for c, v in itertools.product("bdklmnrtvz", "aiou"))
 # Words of English or of our prompts, and words that nobody should read in a demonstration.
-AVOIDED = frozenset(["data", "dodo", "kilo", "lava", "limo", "lulu", "mama", "nazi", "nova", "titi", "tuna", "zulu"])
+AVOIDED = frozenset(["data", "dodo", "kilo", "lava", "limo", "lulu", "mama", "nazi", "titi", "tuna", "zulu"])
+VERDICT = "no"  # a name that began with it would begin with the token of a verdict
 
 
 def all_names() -> tuple[str, ...]:
     """Every two-syllable name that may be used, in a fixed order."""
-    return tuple(n for n in map("".join, itertools.product(SYLLABLES, repeat=2)) if n not in AVOIDED)
+    every = map("".join, itertools.product(SYLLABLES, repeat=2))
+    return tuple(n for n in every if n not in AVOIDED and not n.startswith(VERDICT))
 
 
 def _share_out() -> dict[Pool, tuple[tuple[str, ...], ...]]:
@@ -47,8 +49,8 @@ def pool_names(pool: Pool) -> frozenset[str]:
 def defined(action: Action, name: str) -> str:
     """The explanation of a name, such as "raise left arm then squat = bako".
 
-    It ends with the name, so that a small model finds the moves after the name and the name after the moves: looking back
-    from moves to a name before them is what it learns last.
+    It ends with the name, so that a small model which repeats the moves finds the name by what stood after them before:
+    looking back from moves to a name ahead of them is what it learns last.
     """
     return f"{explanation(action.sub_motions)} = {name}"
 
