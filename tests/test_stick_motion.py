@@ -312,9 +312,9 @@ def test_lessons_show_no_action_and_no_name_of_the_evaluation() -> None:
 
 
 def test_rows_to_repeat_have_no_token_twice_and_no_name_of_the_evaluation(tok) -> None:
-    words = [" jump", " raise left arm", " yes", " clap"]
+    known = [f" {m}" for m in motions.SUB_MOTIONS] + [" yes", " then", " makes", " fits"]
     for seed in range(50):
-        question, reply = pretraining.repeat_texts(words, np.random.default_rng(seed))
+        question, reply = pretraining.repeat_texts(known, np.random.default_rng(seed))
         tokens = tok.encode(question)
         assert question == reply
         assert len(set(tokens)) == len(tokens) >= 3

@@ -3,7 +3,12 @@
 Parameters are an item of their own, so that evaluation restores them alone, on any mesh.
 """
 
+import errno
+import logging
+import os
+import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ class Checkpointer:
     """Saves asynchronously under `directory` and keeps the last few; an interrupted save is never seen again."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
+        _say_failures_once()
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
@@ -38,7 +44,16 @@ class Checkpointer:
             progress=ocp.args.JsonSave({"step": step, "key": jax.random.key_data(state.key).tolist(), "data": dict(data)}),
         )
         with self._explained():
+            self._require_room(state)
             self.manager.save(step, args=items)
+
+    def _require_room(self, state: TrainState) -> None:
+        """A full disk is found before anything is written, where that can be known."""
+        arrays = jax.tree.leaves((state.params, state.optimizer))
+        needed = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 
     def restore(self, state: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
         """The last checkpoint in the shapes and shardings of `state`, and the data iterator's state."""
@@ -81,6 +96,18 @@ class Checkpointer:
         return _DiskErrors(self)
 
 
+@cache
+def _say_failures_once() -> None:
+    """Keeps off the screen what orbax's threads log of a failed save: it is raised again where the run saves next or waits.
+
+    VSTAR_DEBUG=1 shows everything.
+    """
+    if os.environ.get("VSTAR_DEBUG") == "1":
+        return
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
+
+
 class _DiskErrors:
     """Turns what orbax and tensorstore raise when the disk refuses a write into one sentence."""
 
@@ -91,7 +118,7 @@ class _DiskErrors:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        text = str(error)
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error)
         refused = isinstance(error, OSError) or any(
             w in text for w in ("RESOURCE_EXHAUSTED", "No space left", "File too large")
         )

@@ -80,8 +80,9 @@ def look_back(model: Qwen25VL, text: TextArchitecture) -> None:
     queries[0, :, :sharp] = LOOK_BACK_NORM
     keys[0, :, :sharp], keys[0, :, half : half + sharp] = LOOK_BACK_NORM * np.cos(angles), LOOK_BACK_NORM * np.sin(angles)
     layers = model.text.layers
-    layers.q_proj.bias.set_value(jnp.asarray(queries))
-    layers.k_proj.bias.set_value(jnp.asarray(keys))
+    for linear, value in ((layers.q_proj, queries), (layers.k_proj, keys)):
+        assert linear.bias is not None
+        linear.bias.set_value(jnp.asarray(value))
 
 
 def pretrain(out: Path, work: Path, reading: int, watching: int, clips: int, seed: int) -> None:
@@ -96,16 +97,16 @@ def pretrain(out: Path, work: Path, reading: int, watching: int, clips: int, see
     policy = PolicyConfig(path=str(blank))
     mesh = sharding.make_mesh(Config().mesh)
     model = hf.load(blank, policy, mesh)
-    for name, steps, rows, rate, share, optimizer in (
-        ("reading", reading, 16, 4e-3, 0.0, "muon"),
-        ("watching", watching, 32, 1.5e-3, 0.65, "adamw"),
+    for name, sft, share in (
+        ("reading", SftConfig(steps=reading, batch_size=16, optimizer="muon", learning_rate=4e-3), 0.0),
+        ("watching", SftConfig(steps=watching, batch_size=32, learning_rate=1.5e-3), 0.65),
     ):
         config = Config(
             seed=seed,
             run_dir=str(work / name),
             policy=policy,
             data=DataConfig(tokens=(256,), patches=(256,), pack=True),
-            sft=SftConfig(steps=steps, batch_size=rows, optimizer=optimizer, learning_rate=rate, warmup=50, save_every=100),
+            sft=replace(sft, warmup=50, save_every=100),
         )
         chat = Chat(blank, config.video)
         lessons = Lessons(chat, config.video, work / "clips", clips, seed, share)
