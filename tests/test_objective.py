@@ -129,7 +129,7 @@ def test_memory_does_not_grow_with_sequence_times_vocabulary():
     assert temporary_bytes(768, 768) > long + 0.9 * (768 - 64) * whole_logits  # the measurement sees logits where they exist
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "full"])  # the others ran with dots
 def test_rematerialisation_changes_no_gradient(small, expected, remat):
     other = create(d.ARCHITECTURE, PolicyConfig(remat=remat), 0)
     assert_same_gradients(run(other, small, chunk=8)[0], expected)
