@@ -1,5 +1,6 @@
 """Claims about the host's side of a rollout: static shapes, a sentence for every failure, bounded time, never an exception."""
 
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 
 from vstar_jax.batch import collate
-from vstar_jax.config import PolicyConfig, VideoConfig, resolve
+from vstar_jax.config import PolicyConfig, ToolsConfig, VideoConfig, resolve
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.processor import process
 from vstar_jax.data.task import Episode
 from vstar_jax.dialogue import Decision, Prompts, ToolResult, first_messages
 from vstar_jax.errors import UserError
 from vstar_jax.tools.host import GRACE, Host, Layout, Outcome, annotations
+from vstar_jax.tools.launch import open_tools, serve
 from vstar_jax.tools.protocol import SENTENCES
 
 DEADLINE, SLACK = 0.3, 1.0  # seconds; slack is for encoding the rows on a busy machine
@@ -149,6 +151,18 @@ def test_what_no_code_foresaw_still_gives_every_row_its_turn(chat, prompts):
     assert host.counts.statuses == {"error": 4}
 
 
+def test_what_breaks_in_the_middle_leaves_no_row_that_the_trainer_takes_for_another(chat, prompts):
+    def half(calls, deadline):
+        return [*annotations(calls[:2], deadline), None, None]
+
+    host = host_of(chat, prompts, half)
+    turn = ask(host, chat, [EVERYTHING] * 4)
+    assert host.counts.statuses["error"] == 4
+    for row in range(4):
+        seen = turn.batch.tokens[row, turn.batch.segments[row] > 0]
+        np.testing.assert_array_equal(host.shown(row, 1).tokens, seen)
+
+
 def test_no_reply_of_any_tokens_raises(chat, prompts):
     host = host_of(chat, prompts, annotations)
     rng = np.random.default_rng(0)
@@ -183,3 +197,19 @@ def test_replaced_history_starts_from_the_beginning_with_a_clip_in_any_case(chat
 def test_a_turn_that_could_never_fit_is_refused_before_the_rollout(chat, prompts):
     with pytest.raises(UserError, match=r"raise rollout[.]turn_tokens"):
         host_of(chat, prompts, annotations, tokens=16)
+
+
+def test_without_the_servers_extras_one_sentence_says_what_to_install(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ultralytics" else find(name))
+    with (
+        pytest.raises(UserError, match=r"ultralytics is not installed: pip install .*\[yolo\].*tools.source=annotations"),
+        serve({}, tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nowhere"])
+def test_an_address_without_a_server_is_refused_before_the_run(url, tmp_path):
+    with pytest.raises(UserError, match=r"tools\.url"), open_tools(ToolsConfig("server", url), {}, tmp_path):
+        pass

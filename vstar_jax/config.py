@@ -381,7 +381,7 @@ def start_run(config: Config) -> None:
     """
     run_dir = Path(config.run_dir)
     path = run_dir / "config.yaml"
-    if path.exists() and any((run_dir / "checkpoints").glob("[0-9]*")):
+    if path.exists() and any(any((run_dir / phase / "checkpoints").glob("[0-9]*")) for phase in ("", "grpo")):
         before = {s.key: s.value for s in settings.settings(load(path))}
         for setting in settings.settings(config):
             if not setting.key.startswith(FREE) and setting.value != before[setting.key]:

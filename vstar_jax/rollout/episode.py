@@ -5,8 +5,11 @@ run the same kernels: `callback` is one jitted program that calls the host in it
 after every turn. They give the same tokens; the second is the oracle, and the way where callbacks are not supported.
 """
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,13 +19,13 @@ from flax import nnx
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
-from vstar_jax.batch import Batch, Turn
+from vstar_jax.batch import Batch, Turn, Vision
 from vstar_jax.models.text import KVCache
 from vstar_jax.rollout.sampler import Completion, decode, prefill
 from vstar_jax.sharding import put_batch
 
 Mode = Literal["callback", "segmented"]
-
+PHASES = ("encode", "prefill", "decode", "tools")
 
 Host = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Turn]
 """(turn, episodes int32 [b], tokens int32 [b, M], lengths int32 [b], positions int32 [b]) -> Turn of numpy arrays.
@@ -44,37 +47,45 @@ class Sampling:
 
 
 class Rollout:
-    """The policy as a function from prompts to the replies of G episodes each."""
+    """The policy as a function from prompts to the replies of G episodes each.
+
+    seconds: how long each phase of the last rollout took, of all turns together: encode (pictures), prefill, decode, tools.
+    """
 
     def __init__(
         self, graphdef: Any, host: Host, turn_tokens: int, stop_ids: np.ndarray, sampling: Sampling, mesh: Mesh, mode: Mode
     ):
         """graphdef: the policy's; host: see `Host`; turn_tokens: tokens S of the input of a later turn; stop_ids int32 [n]."""
         self.host, self.mesh, self.mode, self.sampling = host, mesh, mode, sampling
+        self.seconds: dict[str, float] = {}
+        self._marks: list[tuple[float, str]] = []
         stops = jnp.asarray(stop_ids, jnp.int32)
 
-        def first(state, batch: Batch, positions, keys):
+        def encode(state, vision: Vision):
+            return nnx.merge(graphdef, state).encode(vision)
+
+        def prompts(state, batch: Batch, visual):
             model = nnx.merge(graphdef, state)
-            prompts, members = batch.tokens.shape[0], keys.shape[0] // batch.tokens.shape[0]
-            logits, cache = prefill(
-                model, batch, KVCache.empty(model.text.cfg, prompts, batch.tokens.shape[1], model.text.dtype)
-            )
+            rows, length = batch.tokens.shape
+            cache = KVCache.empty(model.text.cfg, rows, length, model.text.dtype)
+            return prefill(model, batch, cache, visual)
+
+        def turn(state, batch: Batch, visual, cache: KVCache):
+            grown = cache.grown(batch.tokens.shape[1] + sampling.limit)
+            return prefill(nnx.merge(graphdef, state), batch, grown, visual)
+
+        def begun(state, logits, positions, prefix: KVCache, keys):
+            members = keys.shape[0] // logits.shape[0]
             logits, positions = (jnp.repeat(x, members, axis=0) for x in (logits, positions))
-            return reply(model, logits, positions, cache.shared(members, sampling.limit), keys, 0, jnp.ones(len(keys), bool))
+            return reply(state, logits, positions, prefix.shared(members, sampling.limit), keys, 0, jnp.ones(len(keys), bool))
 
-        def following(state, turn: Turn, keys, cache: KVCache, number):
-            model = nnx.merge(graphdef, state)
-            logits, cache = prefill(model, turn.batch, cache.grown(turn.batch.tokens.shape[1] + sampling.limit))
-            return reply(model, logits, turn.positions, cache, keys, number, turn.active)
-
-        def reply(model, logits, positions, cache, keys, number, active) -> tuple[Completion, jax.Array, KVCache]:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        def reply(state, logits, positions, cache, keys, number, active) -> tuple[Completion, jax.Array, KVCache]:
             completion, cache = decode(
-                model,
+                nnx.merge(graphdef, state),
                 logits,
                 positions,
                 cache,
-                keys,
+                jax.vmap(jax.random.fold_in, (0, None))(keys, number),
                 stops,
                 limit=sampling.limit,
                 temperature=sampling.temperature,
@@ -83,17 +94,47 @@ class Rollout:
             )
             return completion, positions + completion.lengths, cache
 
-        def whole(state, batch: Batch, positions, keys, episodes):
-            completion, positions, cache = first(state, batch, positions, keys)
+        def episodes(do: Callable, ask: Callable, state, batch: Batch, positions, keys, numbers) -> list[Completion]:
+            """Both drivers; do(phase, function, ...) calls a part, ask(number, ...) the host."""
+            visual = None if batch.vision is None else do("encode", encode, state, batch.vision)
+            logits, cache = do("prefill", prompts, state, batch, visual)
+            completion, positions, cache = do("decode", begun, state, logits, positions, cache, keys)
             completions = [completion]
             for number in range(1, sampling.turns):
-                turn = ask(host, turn_shapes(batch, turn_tokens), number, episodes, completion, positions)
-                completion, positions, cache = following(state, turn, keys, cache, number)
+                given: Turn = do("tools", ask, number, numbers, completion, positions)
+                visual = None if given.batch.vision is None else do("encode", encode, state, given.batch.vision)
+                logits, cache = do("prefill", turn, state, given.batch, visual, cache)
+                completion, positions, cache = do(
+                    "decode", reply, state, logits, given.positions, cache, keys, number, given.active
+                )
                 completions.append(completion)
             return completions
 
-        self.first, self.whole = jax.jit(first), jax.jit(whole)
-        self.following = jax.jit(following)
+        def whole(state, batch: Batch, positions, keys, numbers):
+            def do(phase: str, function: Callable, *arguments):
+                result = function(*arguments)
+                if phase in ("encode", "prefill"):
+                    # A scalar of what a part gives tells that the part is over; the host tells so of decoding, and of itself.
+                    first = jax.tree.leaves(result)[0]
+                    io_callback(partial(self._mark, phase), None, first[(0,) * first.ndim], ordered=False)
+                return result
+
+            shapes = turn_shapes(batch, turn_tokens)
+            return episodes(do, partial(ask, self._timed, shapes), state, batch, positions, keys, numbers)
+
+        jitted: dict[Callable, Any] = {f: jax.jit(f) for f in (encode, prompts, turn, begun)}
+        jitted[reply] = jax.jit(reply, donate_argnames="cache")
+
+        def segmented(*arguments):
+            def do(phase: str, function: Callable, *arguments):
+                result = jax.block_until_ready(jitted.get(function, function)(*arguments))
+                self._mark(phase)
+                return result
+
+            return episodes(do, self._asked, *arguments)
+
+        self._programs: list[Any] = list(jitted.values()) if mode == "segmented" else [jax.jit(whole)]
+        self.play = self._programs[0] if mode == "callback" else segmented
 
     def __call__(
         self, state: Any, batch: Batch, positions: np.ndarray, keys: jax.Array, episodes: np.ndarray
@@ -104,16 +145,33 @@ class Rollout:
         one an episode; episodes int32 [B], the numbers by which the host knows them. Members of a group stand side by side.
         """
         with jax.set_mesh(self.mesh):
-            if self.mode == "callback":
-                return self.whole(state, batch, *put_batch((positions,), self.mesh), keys, *put_batch((episodes,), self.mesh))
-            completion, where, cache = self.first(state, batch, *put_batch((positions,), self.mesh), keys)
-            completions = [completion]
-            for number in range(1, self.sampling.turns):
-                tokens, lengths, places = jax.device_get((completion.tokens, completion.lengths, where))
-                turn = put_batch(self.host(number, episodes, tokens, lengths, places), self.mesh)
-                completion, where, cache = self.following(state, turn, keys, cache, number)
-                completions.append(completion)
-            return completions
+            (positions,), (episodes,) = put_batch((positions,), self.mesh), put_batch((episodes,), self.mesh)
+            self._marks = [(time.perf_counter(), "")]
+            completions = jax.block_until_ready(self.play(state, batch, positions, keys, episodes))
+            jax.effects_barrier()
+            self._mark("decode")
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        for (before, _), (after, phase) in itertools.pairwise(sorted(self._marks)):
+            self.seconds[phase] += after - before
+        return completions
+
+    def compilations(self) -> int:
+        """How many programs were compiled: one of each, as long as the shapes stay."""
+        return sum(program._cache_size() for program in self._programs)
+
+    def _mark(self, phase: str, _: Any = None) -> None:
+        self._marks.append((time.perf_counter(), phase))
+
+    def _timed(self, *arguments: Any) -> Turn:
+        """The host; shards come at once, and decoding is over when the last one has come."""
+        self._mark("decode")
+        turn = self.host(*arguments)
+        self._mark("tools")
+        return turn
+
+    def _asked(self, number: int, episodes: jax.Array, completion: Completion, positions: jax.Array) -> Turn:
+        arguments = jax.device_get((episodes, completion.tokens, completion.lengths, positions))
+        return put_batch(self.host(number, *arguments), self.mesh)
 
 
 def turn_shapes(prompts: Batch, tokens: int) -> Turn:

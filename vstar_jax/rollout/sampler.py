@@ -29,11 +29,18 @@ class Completion:
     log_probs: jax.Array
 
 
-def prefill(model: Qwen25VL, batch: Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """Appends a batch of prompts (or of next turns) and returns the logits float32 [B, V] after each row's last token."""
-    hidden, cache = model.extend(batch, cache)
-    last = (batch.segments > 0).sum(axis=1) - 1
-    return model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+def prefill(model: Qwen25VL, batch: Batch, cache: KVCache, visual: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+    """Appends a batch of prompts (or of next turns) and returns the logits float32 [B, V] after each row's last token.
+
+    visual: the batch's pictures [B, P / 4, D] where they are encoded already.
+    """
+    added = (batch.segments > 0).sum(axis=1)
+    if visual is None:
+        hidden, cache = model.extend(batch, cache)
+    else:
+        embedded = model.embed(batch.tokens, batch.visual_index, visual)
+        hidden, cache = model.text.extend(embedded, batch.positions, added, cache)
+    return model.logits(jnp.take_along_axis(hidden, (added - 1)[:, None, None], axis=1)[:, 0]), cache
 
 
 def decode(

@@ -26,6 +26,8 @@ from vstar_jax.tools.protocol import SENTENCES, Status
 
 log = logging.getLogger(__name__)
 
+SHARDS = 64
+"""Calls that may wait for the tools at once, those that hang among them."""
 GRACE = 0.5
 """Seconds beyond the deadline that tools which do not keep it are waited for."""
 
@@ -78,6 +80,12 @@ class Counts:
     seconds: float = 0.0
 
 
+def failed_share(counts: Counts) -> float:
+    """The share of the calls that gave nothing, 0 where none was made."""
+    total = counts.statuses.total()
+    return (total - counts.statuses["ok"]) / total if total else 0.0
+
+
 @dataclass(frozen=True)
 class Layout:
     """The static shapes of a turn's input: tokens S, and the prompts' pictures, whose grids the annotated clips have."""
@@ -99,7 +107,7 @@ class Host:
         """
         self.chat, self.prompts, self.dialect, self.replace_history = chat, prompts, dialect, replace_history
         self.tools, self.deadline = tools, deadline
-        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(thread_name_prefix="tools")
+        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(SHARDS, thread_name_prefix="tools")
 
     def begin(self, episodes: Mapping[int, Episode], layout: Layout) -> None:
         """Forgets the last rollout; `episodes` by their numbers are what the next one plays.
@@ -133,6 +141,8 @@ class Host:
             log.exception("the host of turn %d failed: its %d episodes go on without tools", turn, len(episodes))
             with self._lock:
                 self.counts.statuses["error"] += len(episodes)
+                for n in episodes:
+                    self.exchanges.pop((int(n), turn), None)
             examples = [self._unanswered[int(n)] for n in episodes]
         batch = self._batch(examples)
         starts = np.zeros_like(positions) if self.replace_history else positions

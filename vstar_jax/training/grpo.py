@@ -1,9 +1,10 @@
 """The GRPO loop: groups of episodes are played with the tools, paid, and the policy is updated (paper, Eq. 3-6)."""
 
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from vstar_jax import sharding
-from vstar_jax.batch import Batch, Example, collate, joined, sampled
+from vstar_jax.batch import Batch, collate
 from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
-from vstar_jax.data.task import Episode, Task
-from vstar_jax.dialogue import Decision, first_messages, parse_reply
+from vstar_jax.data.task import Task
 from vstar_jax.errors import Interrupted, UserError
 from vstar_jax.models.lora import without
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.objectives.grpo import Totals, advantages, grpo_loss, token_log_probs
-from vstar_jax.rewards import Reward, length_bonus, score
-from vstar_jax.rollout.episode import Rollout, Sampling, episode_keys
+from vstar_jax.rollout.player import Played, Player, Step, as_record
 from vstar_jax.sharding import put_batch
-from vstar_jax.tools.host import Host, Layout, Tools
+from vstar_jax.tools.host import Tools, failed_share
 from vstar_jax.tools.protocol import STATUSES
 from vstar_jax.training.checkpoint import Checkpointer
 from vstar_jax.training.metrics import MetricsWriter
 from vstar_jax.training.sft import stop_requests
 from vstar_jax.training.state import TrainState, create_state, make_optimizer
 
-PROMPT_STREAM = 0x6790
-"""Keeps the draws of RL (clips, labels, names) apart from those of SFT and evaluation under the same seed."""
+FOLDER = "grpo"
+"""Of a run directory: this phase's checkpoints, and the rollouts of every step."""
+SHARED = ("learning_rate", "warmup", "weight_decay", "max_grad_norm")
+"""Settings of the optimizer that both phases have."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["batch", "old", "reference", "advantages"], meta_fields=[])
@@ -53,136 +55,105 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class Played:
-    """An episode that was played: its pieces as one example, the sampler's log-probabilities [S], its reward and its record."""
-
-    example: Example
-    log_probs: np.ndarray
-    reward: Reward
-    record: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class GrpoRun:
-    """A finished run: the graph definition and the trained state."""
+    """A finished run: the graph definition, the trained state, and how often its programs were compiled."""
 
     graphdef: Any
     state: TrainState
+    compilations: Mapping[str, int]
 
 
-class Player:
-    """Plays the groups of a step and pays them."""
+def experience(
+    played: Sequence[Played], values: np.ndarray, useful: np.ndarray, tokens: int, patches: int, accumulate: int
+) -> tuple[Experience, np.int32]:
+    """Episodes in static shapes, and how many of the micro-batches have something to learn from.
 
-    def __init__(self, graphdef: Any, task: Task, chat: Chat, tools: Tools, config: Config, mesh: Mesh):
-        self.task, self.chat, self.config, self.mesh = task, chat, config, mesh
-        rollout, grpo = config.rollout, config.grpo
-        self.host = Host(chat, task.prompts, config.data.dialect, False, tools, rollout.deadline)
-        sampling = Sampling(rollout.max_new_tokens, grpo.temperature, grpo.top_p)
-        self.rollout = Rollout(graphdef, self.host, rollout.turn_tokens, chat.stop_ids, sampling, mesh, rollout.mode)
-
-    def play(self, state: Any, step: int) -> list[Played]:
-        """The episodes of a step, those of a group side by side; a function of the seed, the step and the policy."""
-        grpo = self.config.grpo
-        episodes = self._episodes(step)
-        prompts = [self._prompt(e) for e in episodes]
-        batch = collate([[p] for p in prompts], self.config.data.tokens, self.config.data.patches)
-        rows = {n * grpo.group + g: e for n, e in enumerate(episodes) for g in range(grpo.group)}
-        self.host.begin(rows, Layout(self.config.rollout.turn_tokens, batch.vision))
-        keys = episode_keys(self.config.seed, [step * grpo.prompts + n for n in range(grpo.prompts)], grpo.group)
-        starts = np.asarray([p.positions.max() + 1 for p in prompts], np.int32)
-        numbers = np.asarray(list(rows), np.int32)
-        completions = jax.device_get(self.rollout(state, put_batch(batch, self.mesh), starts, keys, numbers))
-        return [self._paid(n, e, prompts[n // grpo.group], completions) for n, e in rows.items()]
-
-    def _episodes(self, step: int) -> list[Episode]:
-        """One episode for each prompt of a step; clips that cannot be read are passed over (the task counts them)."""
-        records = self.task.train_records()
-        rng = np.random.default_rng((self.config.seed, PROMPT_STREAM, step))
-        episodes: list[Episode] = []
-        for index in rng.permutation(len(records)):
-            episode = self.task.episode(records[int(index)], rng, training=True)
-            if episode is not None:
-                episodes.append(episode)
-            if len(episodes) == self.config.grpo.prompts:
-                return episodes
-        raise UserError(
-            f"grpo.prompts is {self.config.grpo.prompts}, but only {len(episodes)} of the {len(records)} training clips can be "
-            "read: lower it or check data.dir."
-        )
-
-    def _prompt(self, episode: Episode) -> Example:
-        clip = self.chat.clip(episode.frames, episode.fps)
-        messages = first_messages(self.task.prompts, self.config.data.dialect)
-        return self.chat.encode(messages, [clip], add_generation_prompt=True)
-
-    def _paid(self, number: int, episode: Episode, prompt: Example, completions: Sequence[Any]) -> Played:
-        parts, log_probs, at = [prompt], [np.zeros(len(prompt.tokens), np.float32)], int(prompt.positions.max()) + 1
-        texts: list[str] = []
-        decision, statuses = Decision(), dict[str, str]()
-        for turn, completion in enumerate(completions):
-            if turn and (exchange := self.host.exchanges.get((number, turn))) is not None:
-                decision, statuses = exchange.decision, dict(exchange.outcome.statuses)
-            if turn:
-                shown = self.host.shown(number, turn)
-                silent = np.zeros(len(shown.tokens), bool)
-                parts.append(replace(shown, positions=shown.positions + np.int32(at), loss_mask=silent))
-                log_probs.append(np.zeros(len(shown.tokens), np.float32))
-                at = int(parts[-1].positions.max()) + 1
-            length = int(completion.lengths[number])
-            tokens = completion.tokens[number, :length]
-            parts.append(sampled(tokens, at))
-            log_probs.append(completion.log_probs[number, :length])
-            texts.append(self.chat.decode(tokens))
-            at += length
-        reply = parse_reply(texts[-1])
-        reward = score(self.config.reward, decision, statuses, reply, episode.answer, episode.explanation)
-        bonus = length_bonus(reward, int(completions[-1].lengths[number]), self.config.reward)
-        reward = replace(reward, total=reward.total + bonus)
-        record = {"clip": episode.name, "label": episode.answer, "answer": reply.answer, "turns": texts, "statuses": statuses}
-        return Played(joined(parts), np.concatenate(log_probs), reward, {**record, "reward": asdict(reward)})
-
-
-def experience(played: Sequence[Played], values: np.ndarray, config: Config) -> Experience:
-    """Episodes in static shapes; values float32 [B], their advantages. The reference's log-probabilities are still zeros."""
-    batch = collate([[p.example] for p in played], config.data.tokens, [2 * n for n in config.data.patches])
+    values float32 [B], advantages; useful bool [B], the rows to learn from: they fill the first micro-batches, and the others
+    count nothing. Row i * accumulate + m is the i-th of micro-batch m (`micro_batch`). The reference's log-probabilities are
+    still zeros.
+    """
+    rows = len(played) // accumulate
+    order = np.argsort(~useful, kind="stable").reshape(accumulate, rows).T.reshape(-1).tolist()
+    batch = collate([[played[n].example] for n in order], (tokens,), (patches,) if patches else ())
+    batch = replace(batch, loss_mask=batch.loss_mask & useful[order][:, None])
     old = np.zeros(batch.tokens.shape, np.float32)
-    for row, p in zip(old, played, strict=True):
-        row[: len(p.log_probs)] = p.log_probs
-    return Experience(batch, old, np.zeros_like(old), values)
+    for row, n in zip(old, order, strict=True):
+        row[: len(played[n].log_probs)] = played[n].log_probs
+    return Experience(batch, old, np.zeros_like(old), values[order]), np.int32(-(-int(useful.sum()) // rows))
+
+
+def micro_batch(batch: Experience, accumulate: int, number: jax.Array) -> Experience:
+    """Micro-batch `number` of `accumulate`: strided, so that each lies over all devices."""
+
+    def take(x: jax.Array) -> jax.Array:
+        parts = x.reshape(-1, accumulate, *x.shape[1:])
+        part = jax.lax.dynamic_index_in_dim(parts, number, axis=1, keepdims=False)
+        return sharding.constrain(part, "batch", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(take, batch)
+
+
+def make_reference(graphdef: Any, config: Config) -> Callable[..., Experience]:
+    """The jitted function (params, frozen, experience, used) -> the experience with the reference's log-probabilities."""
+    grpo = config.grpo
+
+    @jax.jit
+    def reference(params: Any, frozen: Any, batch: Experience, used: jax.Array) -> Experience:
+        policy = nnx.merge(graphdef, params, frozen)
+        policy = without(policy) if grpo.reference == "adapters_off" else policy
+
+        def micro(number: jax.Array, found: jax.Array) -> jax.Array:
+            part = micro_batch(batch, grpo.accumulate, number)
+            log_probs = token_log_probs(policy, part.batch, chunk=grpo.chunk, temperature=grpo.temperature)
+            return found.at[:, number].set(log_probs)
+
+        shape = batch.reference.shape
+        found = jnp.zeros((shape[0] // grpo.accumulate, grpo.accumulate, shape[1]), jnp.float32)
+        return replace(batch, reference=jax.lax.fori_loop(0, used, micro, found).reshape(shape))
+
+    return reference
+
+
+def make_grpo_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW with GRPO's own schedule over all updates of the run."""
+    schedule = {name: getattr(config.grpo, name) for name in SHARED}
+    steps = config.grpo.steps * config.grpo.updates
+    return make_optimizer(replace(config.sft, **schedule, optimizer="adamw", steps=steps))
 
 
 def make_grpo_step(graphdef: Any, optimizer: Any, config: Config, state: TrainState) -> Any:
-    """The jitted update (state, experience) -> (state, metrics); the state is donated and keeps its shardings."""
+    """The jitted update (state, experience, used) -> (state, metrics); the state is donated and keeps its shardings.
+
+    The first `used` micro-batches are summed, and the others not even looked at.
+    """
     grpo, limit = config.grpo, 2 * config.rollout.max_new_tokens
 
-    def loss(params: Any, frozen: Any, part: Experience):
+    def loss(params: Any, frozen: Any, part: Experience) -> tuple[jax.Array, Totals]:
         model = nnx.merge(graphdef, params, frozen)
         log_probs = token_log_probs(model, part.batch, chunk=grpo.chunk, temperature=grpo.temperature)
         reference = part.reference if grpo.beta else None
         totals = grpo_loss(log_probs, part.old, reference, part.advantages, jnp.asarray(part.batch.loss_mask), grpo, limit)
         return totals.loss, totals
 
-    def split(x: jax.Array) -> jax.Array:
-        parts = x.reshape(-1, grpo.accumulate, *x.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
-
-    def update(state: TrainState, batch: Experience):
-        def micro(total, part: Experience):
+    def update(state: TrainState, batch: Experience, used: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        def micro(number: jax.Array, total: Any) -> Any:
+            part = micro_batch(batch, grpo.accumulate, number)
             (_, totals), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.frozen, part)
-            return jax.tree.map(jnp.add, total, (totals, grads)), None
+            return jax.tree.map(jnp.add, total, (totals, grads))
 
         start = (Totals.zero(), jax.tree.map(jnp.zeros_like, state.params))
-        (totals, grads), _ = jax.lax.scan(micro, start, jax.tree.map(split, batch))
+        totals, grads = jax.lax.fori_loop(0, used, micro, start)
         count, tokens = jnp.maximum(totals.count, 1.0), jnp.maximum(totals.tokens, 1.0)
         grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, updates)
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "grpo/loss": totals.loss / count,
             "grpo/kl": totals.kl / tokens,
             "grpo/clipped": totals.clipped / tokens,
             "grpo/ratio": totals.ratio / tokens,
             "grpo/entropy": totals.entropy / tokens,
+            "grpo/grad_norm": optax.tree.norm(grads),
             "policy/sampler_trainer_kl": totals.sampler_kl / tokens,
         }
         return TrainState(state.step + 1, state.key, params, state.frozen, opt_state), metrics
@@ -193,79 +164,140 @@ def make_grpo_step(graphdef: Any, optimizer: Any, config: Config, state: TrainSt
 def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Config, mesh: Mesh, run_dir: Path) -> GrpoRun:
     """Trains for `config.grpo.steps` steps, going on from the last checkpoint under run_dir/grpo if there is one.
 
-    Raises Interrupted after saving when the process is asked to stop, and UserError when the disk is full.
+    Raises Interrupted after saving when the process is asked to stop. Raises UserError when rows do not split over the mesh,
+    when too many tool calls of a step failed (after saving; the run goes on with that step), when the loss is no longer a
+    number, and when the disk is full.
     """
-    grpo = config.grpo
-    optimizer = make_optimizer(replace(config.sft, **{k: getattr(grpo, k) for k in SHARED}, steps=grpo.steps * grpo.updates))
+    _check_rows(config, mesh)
+    grpo, offset = config.grpo, config.sft.steps
+    optimizer = make_grpo_optimizer(config)
+    folder = run_dir / FOLDER
+    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         graphdef, state = create_state(model, optimizer, config.policy.lora, mesh, config.seed)
-        first_params = jax.tree.map(jnp.copy, state.params)
+        first = jax.tree.map(jnp.copy, state.params) if grpo.beta and grpo.reference == "frozen" else None
         player = Player(graphdef, task, chat, tools, config, mesh)
-        update = make_grpo_step(graphdef, optimizer, config, state)
-
-        @jax.jit
-        def reference(params: Any, frozen: Any, batch: Batch) -> jax.Array:
-            policy = nnx.merge(graphdef, params, frozen)
-            policy = without(policy) if grpo.reference == "adapters_off" else policy
-            return token_log_probs(policy, batch, chunk=grpo.chunk, temperature=grpo.temperature)
-
-        folder = run_dir / "grpo"
-        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        learner = Learner(graphdef, optimizer, config, mesh, state, first)
         checkpointer = Checkpointer(folder / "checkpoints", grpo.keep)
         if checkpointer.latest() is not None:
             state, _ = checkpointer.restore(state)
         done = int(state.step) // grpo.updates
         bar = tqdm(total=grpo.steps, initial=done, desc="GRPO", unit="step", disable=jax.process_index() != 0)
-        with stop_requests() as stops, bar, MetricsWriter(run_dir, resume_step=config.sft.steps + done) as metrics:
-            for step in range(done + 1, grpo.steps + 1):
+        with stop_requests() as stops, bar, MetricsWriter(run_dir, resume_step=offset + done) as metrics:
+            for number in range(done + 1, grpo.steps + 1):
                 started = time.perf_counter()
-                played = player.play(nnx.merge_state(state.params, state.frozen), step)
-                rollout_seconds = time.perf_counter() - started
-                rewards = np.asarray([p.reward.total for p in played]).reshape(-1, grpo.group)
-                values, differs = advantages(rewards, grpo.normalise)
-                measured = _told(played, player.host, float(differs.mean()))
-                measured["time/rollout"], measured["time/tools"] = rollout_seconds, player.host.counts.seconds
-                if differs.any():
-                    batch = put_batch(experience(played, values.reshape(-1), config), mesh)
-                    if grpo.beta:
-                        kept = state.params if grpo.reference == "adapters_off" else first_params
-                        batch = replace(batch, reference=reference(kept, state.frozen, batch.batch))
-                    for _ in range(grpo.updates):
-                        state, updated = update(state, batch)
-                        measured |= {k: float(v) for k, v in jax.device_get(updated).items()}
-                else:
-                    state = replace(state, step=state.step + grpo.updates)
+                step = player.play(nnx.merge_state(state.params, state.frozen), number)
+                measured = told(step)
+                failing = failed_share(step.counts) > config.tools.failures
+                if not failing:
+                    state, learned = learner.learn(state, step)
+                    measured |= learned
                 measured["time/step"] = time.perf_counter() - started
-                measured["rollout/tokens_per_s"] = measured["rollout/tokens"] / rollout_seconds
-                metrics.write(config.sft.steps + step, measured)
-                _write_rollouts(folder / "rollouts" / f"{step:06d}.jsonl", played)
+                _write_rollouts(folder / "rollouts" / f"{number:06d}.jsonl", step, grpo.group)
+                metrics.write(offset + number, measured)
+                if failing:
+                    checkpointer.save(state, {})
+                    checkpointer.close()
+                    raise UserError(_broken_tools(number, step))
                 bar.set_postfix_str(
                     f"reward {measured['reward/total']:.3f}, accuracy {measured['reward/accuracy']:.2f}, "
                     f"tools {measured['reward/tool']:.2f}, {measured['rollout/tokens_per_s']:.0f} tokens/s"
                 )
                 bar.update()
-                if step % grpo.save_every == 0 or step == grpo.steps or stops:
+                if not np.isfinite(measured.get("grpo/loss", 0.0)):
+                    raise UserError(
+                        f"the loss is not a number at step {number}: lower grpo.learning_rate or grpo.max_grad_norm and start "
+                        f"again from the checkpoint of step {(checkpointer.latest() or 0) // grpo.updates}."
+                    )
+                if number % grpo.save_every == 0 or number == grpo.steps or stops:
                     checkpointer.save(state, {})
                 if stops:
                     checkpointer.close()
-                    raise Interrupted(step, stops[0])
+                    raise Interrupted(number, stops[0])
         checkpointer.close()
-    return GrpoRun(graphdef, state)
+    return GrpoRun(graphdef, state, {"rollout": player.rollout.compilations(), **learner.compilations()})
 
 
-SHARED = ("learning_rate", "warmup", "weight_decay", "max_grad_norm")
-"""Settings of the optimizer that both phases have."""
+def _check_rows(config: Config, mesh: Mesh) -> None:
+    grpo, devices = config.grpo, mesh.shape["data"]
+    rows = {
+        f"grpo.prompts is {grpo.prompts}": grpo.prompts,
+        f"grpo.accumulate is {grpo.accumulate}, which makes micro-batches of {grpo.prompts * grpo.group // grpo.accumulate} "
+        "rows": grpo.prompts * grpo.group // grpo.accumulate,
+    }
+    for what, count in rows.items():
+        if count % devices:
+            raise UserError(
+                f"{what}, but the mesh {config.mesh} splits rows over {devices} devices: choose rows that {devices} divides, "
+                "or another mesh."
+            )
 
 
-def _told(played: Sequence[Played], host: Host, differing: float) -> dict[str, float]:
+class Learner:
+    """Turns a step's episodes into updates of the policy."""
+
+    def __init__(self, graphdef: Any, optimizer: Any, config: Config, mesh: Mesh, state: TrainState, first: Any):
+        """first: the parameters of the frozen reference, None where it is not needed."""
+        self.config, self.mesh, self.first = config, mesh, first
+        self.reference = make_reference(graphdef, config)
+        self.update = make_grpo_step(graphdef, optimizer, config, state)
+
+    def learn(self, state: TrainState, step: Step) -> tuple[TrainState, dict[str, float]]:
+        """The state after `grpo.updates` updates on the groups whose rewards differ, and what was measured.
+
+        A step without such a group leaves the parameters as they are and only counts.
+        """
+        grpo, started = self.config.grpo, time.perf_counter()
+        rewards = np.asarray([p.reward.total for p in step.played]).reshape(-1, grpo.group)
+        values, differs = advantages(rewards, grpo.normalise)
+        measured = {"grpo/groups_without_variance": float((~differs).sum())}
+        if differs.any():
+            useful = np.repeat(differs, grpo.group)
+            content, used = experience(step.played, values.reshape(-1), useful, step.tokens, step.patches, grpo.accumulate)
+            batch = put_batch(content, self.mesh)
+            if grpo.beta:
+                batch = self.reference(state.params if self.first is None else self.first, state.frozen, batch, used)
+            for number in range(grpo.updates):
+                state, updated = self.update(state, batch, used)
+                updated = {k: float(v) for k, v in jax.device_get(updated).items()}
+                if number:  # only before the first update is this the arithmetic's error alone
+                    del updated["policy/sampler_trainer_kl"]
+                measured |= updated
+        else:
+            state = replace(state, step=jax.device_put(state.step + grpo.updates, state.step.sharding))
+        measured["time/update"] = time.perf_counter() - started
+        return state, measured
+
+    def compilations(self) -> dict[str, int]:
+        """How often each program was compiled."""
+        return {"reference": self.reference._cache_size(), "update": self.update._cache_size()}  # type: ignore[attr-defined]
+
+
+def told(step: Step) -> dict[str, float]:
     """What a step's episodes were like, as metrics."""
     parts = ("accuracy", "format", "tool", "sub_motion", "total")
-    told = {f"reward/{part}": float(np.mean([getattr(p.reward, part) for p in played])) for part in parts}
-    told |= {f"tool/{status}": float(host.counts.statuses[status]) for status in STATUSES}
-    told["rollout/tokens"] = float(sum(p.example.loss_mask.sum() for p in played))
-    told["grpo/groups_without_variance"] = 1.0 - differing
-    return told
+    told = {f"reward/{part}": float(np.mean([getattr(p.reward, part) for p in step.played])) for part in parts}
+    told |= {f"tool/{status}": float(step.counts.statuses[status]) for status in STATUSES}
+    told["rollout/tokens"] = float(sum(p.example.loss_mask.sum() for p in step.played))
+    rolling = sum(step.seconds[phase] for phase in ("encode", "prefill", "decode", "tools"))
+    told["rollout/tokens_per_s"] = told["rollout/tokens"] / rolling
+    told["rollout/tools_share"] = step.seconds["tools"] / rolling
+    return told | {f"time/{phase}": seconds for phase, seconds in step.seconds.items()}
 
 
-def _write_rollouts(path: Path, played: Sequence[Played]) -> None:
-    path.write_text("".join(json.dumps(p.record, default=str) + "\n" for p in played))
+def _broken_tools(number: int, step: Step) -> str:
+    failures = {status: n for status, n in step.counts.statuses.items() if status != "ok"}
+    listed = ", ".join(f"{n} {status}" for status, n in failures.items())
+    return (
+        f"{sum(failures.values())} of the {step.counts.statuses.total()} tool calls of step {number} failed ({listed}), so "
+        "nothing was learned from it: look at the tools server and its log, then run the same command again, it goes on with "
+        "this step; tools.failures sets how many may fail."
+    )
+
+
+def _write_rollouts(path: Path, step: Step, members: int) -> None:
+    """One JSON line a group; a reader sees all of it or nothing."""
+    partial_path = path.with_suffix(".partial")
+    lines = (json.dumps(as_record(step, group, members), separators=(",", ":")) for group in range(len(step.episodes)))
+    partial_path.write_text("\n".join(lines) + "\n")
+    os.replace(partial_path, path)

@@ -1,8 +1,9 @@
-"""The main job of `scripts/train.py`: prepare the data, measure the base model, fine-tune, measure again, report."""
+"""The main job of `scripts/train.py`: measure the base model, fine-tune, learn by reward, measure after each, report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -10,16 +11,20 @@ from jax.sharding import Mesh
 from vstar_jax import config as config_module
 from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
-from vstar_jax.data.datasets import make_task
+from vstar_jax.data.datasets import STICK_MOTION, make_task
 from vstar_jax.data.leakage import guard
 from vstar_jax.data.pipeline import train_batches
 from vstar_jax.data.task import Task
+from vstar_jax.errors import UserError
+from vstar_jax.evaluation.checkpoint import restore
 from vstar_jax.evaluation.protocol import evaluate
 from vstar_jax.evaluation.report import Prediction, print_table, summarise, title, write_json, write_predictions
 from vstar_jax.models import hf, lora
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, check_mesh
-from vstar_jax.tools.host import annotations
-from vstar_jax.training.grpo import train_grpo
+from vstar_jax.tools.equipped import EquippedTask
+from vstar_jax.tools.host import Tools, failed_share
+from vstar_jax.tools.launch import open_tools
+from vstar_jax.training import grpo
 from vstar_jax.training.metrics import MetricsWriter, draw_curves
 from vstar_jax.training.sft import train
 
@@ -34,32 +39,47 @@ def load_policy(config: Config, mesh: Mesh) -> Qwen25VL:
     return model
 
 
+def glossary(config: Config) -> Mapping[str, str]:
+    """Label -> explanation, for all labels of the dataset that `config` names which have one."""
+    data = config.data
+    if data.dataset == STICK_MOTION:
+        from vstar_jax.data.stick_motion import names
+
+        return names.glossary()
+    from vstar_jax.data.builders.videos import Records
+    from vstar_jax.data.protocols import groups
+
+    lists = (*groups(data.dataset, data.protocol, full=data.full, variant=data.variant).values(), *data.train)
+    found: dict[str, str] = {}
+    for name in lists:
+        found |= Records(data.dataset, data.dir, name, data.videos or None).explanations
+    return found
+
+
 def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Trains and evaluates as `config` says; everything lands in `config.run_dir`, and the summaries are returned.
 
-    A run directory that exists is resumed; the base model is measured once.
+    A run directory that exists is resumed, in the phase in which it was left.
     """
     run_dir = Path(config.run_dir)
     chat = Chat(config_module.resolve(config.policy.path), config.video)
     task = make_task(config, chat)
     leakage = guard(task, config)
     config_module.start_run(config)
-    model = load_policy(config, mesh)
-    rows = {"base model": _measured(run_dir, "base", *nnx.split(model), task, chat, config, mesh)}
-    if config.sft.steps:
-        batches = train_batches(task.train_records(), task.example, config)
-        trained = train(model, batches, config, mesh, run_dir)
-        state = nnx.merge_state(trained.state.params, trained.state.frozen)
-        rows["after SFT"] = _measured(run_dir, "sft", trained.graphdef, state, task, chat, config, mesh)
-        with MetricsWriter(run_dir, resume_step=config.sft.steps) as metrics:
-            final = rows["after SFT"]
-            metrics.write(config.sft.steps, {f"eval/{k}": v for k, v in final.items() if k.endswith("top1")})
-        model = nnx.merge(trained.graphdef, state)
-        draw_curves(run_dir)
-    if config.grpo.steps:
-        learned = train_grpo(model, task, chat, annotations, config, mesh, run_dir)
-        state = nnx.merge_state(learned.state.params, learned.state.frozen)
-        rows["after GRPO"] = _measured(run_dir, "grpo", learned.graphdef, state, task, chat, config, mesh)
+    served = config.tools.source == "server" and not config.tools.url
+    with open_tools(config.tools, glossary(config) if served else {}, run_dir / "tools") as tools:
+        job = _Job(config, mesh, run_dir, chat, task, tools)
+        graphdef, state = nnx.split(load_policy(config, mesh))
+        rows = {"base model": job.measured("base", graphdef, state)}
+        if config.sft.steps:
+            graphdef, state = job.fine_tuned()
+            rows["after SFT"] = job.measured("sft", graphdef, state)
+            job.note(config.sft.steps, rows["after SFT"])
+        if config.grpo.steps:
+            graphdef, state = job.reinforced(nnx.merge(graphdef, state))
+            rows["after GRPO"] = job.measured("grpo", graphdef, state)
+            job.note(config.sft.steps + config.grpo.steps, rows["after GRPO"])
+    if config.sft.steps or config.grpo.steps:
         draw_curves(run_dir)
     print_table(rows, title(config))
     result = {"mesh": config.mesh, "seed": config.seed, "steps": config.sft.steps, "leakage": leakage, **rows}
@@ -67,11 +87,58 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     return result
 
 
-def _measured(
-    run_dir: Path, name: str, graphdef: Any, state: Any, task: Task, chat: Chat, config: Config, mesh: Mesh
-) -> dict[str, float]:
-    predictions: Sequence[Prediction] = evaluate(graphdef, state, task, chat, config, mesh, name)
-    folder = run_dir / "rollouts"
-    folder.mkdir(exist_ok=True)
-    write_predictions(folder / f"{name}.jsonl", predictions)
-    return summarise(predictions)
+class _Job:
+    """The phases of a run; each returns the graph definition and the state of the policy after it."""
+
+    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, chat: Chat, task: Task, tools: Tools):
+        self.config, self.mesh, self.run_dir, self.chat, self.task, self.tools = config, mesh, run_dir, chat, task, tools
+
+    def fine_tuned(self) -> tuple[Any, Any]:
+        """SFT; once GRPO has a checkpoint its result is only read, for training would cut the metrics off behind it."""
+        if _has_checkpoint(self.run_dir / grpo.FOLDER):
+            return restore(str(self.run_dir), self.config, self.mesh)
+        batches = train_batches(self.task.train_records(), self.task.example, self.config)
+        trained = train(load_policy(self.config, self.mesh), batches, self.config, self.mesh, self.run_dir)
+        return trained.graphdef, nnx.merge_state(trained.state.params, trained.state.frozen)
+
+    def reinforced(self, model: Qwen25VL) -> tuple[Any, Any]:
+        """GRPO; the folder of its checkpoints is a run of its own for scripts/evaluate.py.
+
+        UserError when the reference would be the model from before SFT, whose adapters the policy still has.
+        """
+        if self.config.grpo.reference == "adapters_off" and self.config.sft.steps:
+            raise UserError(
+                "grpo.reference is adapters_off, which after SFT of the same adapters is the model before SFT: set "
+                "grpo.reference=frozen, or sft.steps=0."
+            )
+        folder = self.run_dir / grpo.FOLDER
+        config_module.save(replace(self.config, run_dir=str(folder)), folder / "config.yaml")
+        learned = grpo.train_grpo(model, self.task, self.chat, self.tools, self.config, self.mesh, self.run_dir)
+        return learned.graphdef, nnx.merge_state(learned.state.params, learned.state.frozen)
+
+    def note(self, step: int, summary: Mapping[str, float]) -> None:
+        """Writes a phase's accuracies beside its last step's metrics, unless later ones are there already."""
+        if step < self.config.sft.steps + self.config.grpo.steps and _has_checkpoint(self.run_dir / grpo.FOLDER):
+            return
+        with MetricsWriter(self.run_dir, resume_step=step) as metrics:
+            metrics.write(step, {f"eval/{k}": v for k, v in summary.items() if k.endswith("top1")})
+
+    def measured(self, name: str, graphdef: Any, state: Any) -> dict[str, float]:
+        """Held-out accuracy with the tools on; UserError when most of their calls failed, for that measures no policy."""
+        config = self.config
+        task = EquippedTask(self.task, self.tools, config.rollout.deadline)
+        predictions: Sequence[Prediction] = evaluate(graphdef, state, cast(Task, task), self.chat, config, self.mesh, name)
+        statuses = task.counts.statuses
+        if failed_share(task.counts) > config.tools.failures:
+            raise UserError(
+                f"{statuses.total() - statuses['ok']} of {statuses.total()} tool calls failed while {name} was measured: look "
+                "at the tools server and its log, then run the same command again."
+            )
+        folder = self.run_dir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        write_predictions(folder / f"{name}.jsonl", predictions)
+        return summarise(predictions)
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
