@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
+from pydantic import ValidationError
 
 from vstar_jax.tools import protocol
-from vstar_jax.tools.protocol import Answer, ClipArguments, LabelArguments, Tool
+from vstar_jax.tools.protocol import Answer, LabelArguments, Tool
 
 if TYPE_CHECKING:
     from tools_server.service import Service
@@ -34,11 +36,18 @@ def add(app: FastAPI, service: "Service") -> AbstractAsyncContextManager[None]:
 def _function(service: "Service", tool: Tool):  # type: ignore[no-untyped-def]
     from tools_server.app import call_tool
 
-    async def look(clip: str, frames: list[int] | None = None) -> Answer:
-        arguments = ClipArguments.model_validate({"clip": clip, "frames": frames})
+    async def call(**given: object) -> Answer:
+        try:
+            arguments = protocol.ARGUMENTS[tool].model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ToolError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         return await call_tool(service, tool, arguments, SECONDS)
 
+    async def look(clip: str, frames: list[int] | None = None) -> Answer:
+        return await call(clip=clip, frames=frames)
+
     async def explain(labels: list[str]) -> Answer:
-        return await call_tool(service, tool, LabelArguments.model_validate({"labels": labels}), SECONDS)
+        return await call(labels=labels)
 
     return explain if protocol.ARGUMENTS[tool] is LabelArguments else look
