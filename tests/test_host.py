@@ -200,8 +200,8 @@ def test_a_turn_that_could_never_fit_is_refused_before_the_rollout(chat, prompts
 
 
 def test_without_the_servers_extras_one_sentence_says_what_to_install(monkeypatch, tmp_path):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ultralytics" else find(name))
+    there = importlib.util.find_spec("json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ultralytics" else there)
     with (
         pytest.raises(UserError, match=r"ultralytics is not installed: pip install .*\[yolo\].*tools.source=annotations"),
         serve({}, tmp_path),
