@@ -33,6 +33,8 @@ MOST_NAMES = 12
 """Names in a lesson in which words are repeated."""
 NEAR = 0.25
 """Chance that a combination defined in a look-up lesson differs from another in one move only."""
+NAME_THE_MOVES = ({"type": "video"}, {"type": "text", "text": "Name the moves."})
+"""The question of a lesson on a clip."""
 EPOCH = 100_000
 """Draws that the shuffled source counts as an epoch; every draw is fresh in any case."""
 
@@ -145,9 +147,6 @@ class Lessons(Sequence[int]):
         index = int(rng.integers(len(patches)))
         clip = ProcessedClip(np.asarray(patches[index]), (render.FRAMES // 2, 4, 4), 1.0)
         return self.chat.encode([user(*NAME_THE_MOVES), assistant(named(moves[index]))], [clip])
-
-
-NAME_THE_MOVES = ({"type": "video"}, {"type": "text", "text": "Name the moves."})
 
 
 def named(moves: motions.SubMotions) -> str:
