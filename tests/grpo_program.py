@@ -24,6 +24,7 @@ from vstar_jax.config import (
     PolicyConfig,
     RolloutConfig,
     SftConfig,
+    ToolsConfig,
     VideoConfig,
     load,
 )
@@ -184,6 +185,7 @@ def world(folder: Path) -> Config:
         sft=SftConfig(steps=0),
         grpo=GrpoConfig(steps=6, prompts=8, group=2, accumulate=2, learning_rate=1e-3, warmup=1, save_every=2, temperature=1.0),
         rollout=RolloutConfig(mode="segmented", max_new_tokens=10, turn_tokens=80),
+        tools=ToolsConfig("annotations"),
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vstar_jax.batch import PATCH_VALUES, Example, Groups, collate, group
+from vstar_jax.batch import PATCH_VALUES, Example, Groups, collate, group, rounded
 from vstar_jax.data.patches import window_order
 
 TOKENS, PATCHES = (16, 32), (64, 256)
@@ -106,3 +106,22 @@ def test_rows_get_the_smallest_bucket_that_holds_the_longest():
 def test_what_no_bucket_holds_names_the_setting(length: int, grid: tuple[int, int, int], what: str):
     with pytest.raises(ValueError, match=rf"data\.{what}"):
         collate([[example(np.random.default_rng(0), length, grid)]], TOKENS, (32, 64))
+
+
+def test_clips_of_any_sizes_have_few_shapes():
+    """A shape is compiled once, so batches of mixed clips must share some: of 200 layouts, few remain."""
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(200):
+        ids = [[np.repeat(np.arange(n), rng.integers(100, 512))[:4096].astype(np.int32)] for n in rng.integers(6, 9, 4)]
+        groups = group(ids, 4096)
+        assert groups.index is not None
+        for row, index in zip(ids, groups.index, strict=True):
+            assert sorted(index[index < 4096]) == list(range(len(row[0])))
+        shapes.add((groups.index.shape, groups.size))
+    assert len(shapes) <= 12  # 3 numbers of groups, and 4 sizes in the octave where the largest group nearly always lies
+
+
+@pytest.mark.parametrize("number", [*range(1, 200), 511, 512, 513, 10_000])
+def test_rounding_up_adds_at_most_a_quarter(number):
+    assert number <= rounded(number) <= number * 1.25
+    assert rounded(rounded(number)) == rounded(number)

@@ -13,7 +13,7 @@ import pytest
 from video_files import cut, write_video
 
 from vstar_jax import config as config_module
-from vstar_jax.config import Config, DataConfig, EvaluationConfig, SftConfig
+from vstar_jax.config import Config, DataConfig, EvaluationConfig, GrpoConfig, RolloutConfig, SftConfig, ToolsConfig
 from vstar_jax.data.builders.videos import prepare
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.datasets import make_task
@@ -87,6 +87,9 @@ def config(prepared: Path) -> Config:
             threads=1,
         ),
         sft=SftConfig(steps=1, batch_size=2, save_every=1),
+        grpo=GrpoConfig(steps=0),
+        rollout=RolloutConfig(turn_tokens=512),
+        tools=ToolsConfig("annotations"),
         evaluation=EvaluationConfig(batch_size=2, clips_per_action=0, max_new_tokens=4),
     )
 
@@ -156,7 +159,8 @@ def test_what_leaks_is_refused_before_any_work_and_allowed_on_request_which_the_
         run(leaking, mesh("1x1"))
     assert not Path(leaking.run_dir).exists()
     settings = [f"--data.dir={config.data.dir}", "--data.tokens=512,1024", "--video.min_pixels=3136", "--video.max_pixels=3136"]
-    settings += ["--data.train=rl", "--evaluation.clips_per_action=1", "--evaluation.max_new_tokens=2", "--data.threads=1"]
+    settings += ["--rollout.turn_tokens=512", "--tools.source=annotations", "--data.train=rl"]
+    settings += ["--evaluation.clips_per_action=1", "--evaluation.max_new_tokens=2", "--data.threads=1"]
     with pytest.raises(UserError, match=SENTENCE):
         measure(POLICY, config_of(POLICY, None, settings, "hmdb51"), mesh("1x1"), str(prepared / "out"))
     assert not (prepared / "out").exists()
@@ -257,7 +261,7 @@ def test_an_evaluation_killed_and_begun_again_plays_no_clip_twice_and_loses_none
 
 
 ABOUT = {"checkpoint": "a", "data.labels": 8}
-PREDICTION = Prediction("a.avi", "base", "wave", "wave", True, ("pose_estimation",), ("one", "two\n"), 8)
+PREDICTION = Prediction("a.avi", "base", "wave", "wave", True, {"pose_estimation": "ok"}, ("one", "two\n"), 8)
 
 
 def test_a_journal_goes_on_only_with_the_same_evaluation(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from vstar_jax.data.stick_motion import render
 from vstar_jax.dialogue import ToolResult
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.checkpoint import config_of, restore
-from vstar_jax.rollout.player import Player, as_record
 from vstar_jax.sharding import put_batch
 from vstar_jax.tools.client import ToolsClient
 from vstar_jax.tools.host import GRACE, Outcome, annotations
@@ -33,6 +32,7 @@ from vstar_jax.tools.launch import open_tools, serve
 from vstar_jax.tools.protocol import SENTENCES, Refusal
 from vstar_jax.tools.served import ServedTools
 from vstar_jax.training import job
+from vstar_jax.training.collect import Collector, as_record
 from vstar_jax.training.grpo import Learner, experience, make_grpo_optimizer, told
 from vstar_jax.training.job import load_policy
 from vstar_jax.training.metrics import read_metrics
@@ -163,18 +163,18 @@ class World:
         chat = Chat(config.policy.path, config.video)
         optimizer = make_grpo_optimizer(config)
         self.graphdef, self.state = create_state(load_policy(config, mesh), optimizer, config.policy.lora, mesh, 0)
-        self.player = Player(self.graphdef, FewClips(config, chat), chat, annotations, config, mesh)
+        self.collector = Collector(self.graphdef, FewClips(config, chat), chat, annotations, config, mesh)
         self.learner = Learner(self.graphdef, optimizer, config, mesh, self.state, None)
 
     def play(self, tools=annotations):
-        self.player.host.tools = tools
+        self.collector.player.host.tools = tools
         with jax.set_mesh(self.mesh):
-            return self.player.play(nnx.merge_state(self.state.params, self.state.frozen), 1)
+            return self.collector.collect(nnx.merge_state(self.state.params, self.state.frozen), 1)
 
     def experience(self, step, useful):
         rewards = np.where(useful, np.arange(len(useful)) % 2, 0).astype(np.float32)
         rows = self.config.grpo.accumulate
-        return experience(step.played, rewards, useful, step.tokens, step.patches, rows)
+        return experience([p.played for p in step.paid], rewards, useful, step.tokens, step.patches, rows)
 
 
 @pytest.fixture(scope="module")
@@ -190,24 +190,39 @@ def step(parts):
 
 def test_the_sampler_and_the_trainer_give_a_token_the_same_probability(parts, step):
     with jax.set_mesh(parts.mesh):
-        content, used = parts.experience(step, np.ones(len(step.played), bool))
+        content, used = parts.experience(step, np.ones(len(step.paid), bool))
         found = parts.learner.reference(parts.state.params, parts.state.frozen, put_batch(content, parts.mesh), used)
-    videos = [len(p.example.patches) // 32 for p in step.played]
+    videos = [len(p.played.parts[0].patches) // 32 for p in step.paid]
     assert {1, 2} == set(videos)
     mask = content.batch.loss_mask
-    assert mask.sum() == sum(p.example.loss_mask.sum() for p in step.played)
+    assert mask.sum() == sum(sum(p.played.lengths) for p in step.paid)
     assert (content.old[mask] < 0).all()
+    np.testing.assert_allclose(np.asarray(found.reference)[mask], content.old[mask], atol=LOG_PROB)
+
+
+def test_with_replaced_history_each_turn_is_a_sequence_of_its_own_with_the_same_probabilities(base, mesh):
+    limits = replace(base.rollout, history="replace", turn_tokens=112)
+    with jax.set_mesh(mesh("1x1")):
+        parts = World(replace(base, rollout=limits), mesh("1x1"))
+        step = parts.play()
+        content, used = parts.experience(step, np.ones(len(step.paid), bool))
+        found = parts.learner.reference(parts.state.params, parts.state.frozen, put_batch(content, parts.mesh), used)
+    for p in step.paid:
+        assert [int(e.loss_mask.sum()) for e in p.played.parts] == list(p.played.lengths)
+        assert all((e.visual_index >= 0).any() and not e.positions[0].any() for e in p.played.parts)
+    mask = content.batch.loss_mask
+    assert set(content.batch.segments[mask]) == {1, 2}
     np.testing.assert_allclose(np.asarray(found.reference)[mask], content.old[mask], atol=LOG_PROB)
 
 
 def test_only_micro_batches_with_something_to_learn_are_looked_at(parts, step):
     """Rows that are never read may hold anything: numbers that are none would spoil every sum."""
-    useful = np.zeros(len(step.played), bool)
+    useful = np.zeros(len(step.paid), bool)
     useful[[2, 3, 8, 9]] = True
     content, used = parts.experience(step, useful)
     assert used == 1
     unread = np.arange(len(useful)) % parts.config.grpo.accumulate >= used
-    wanted = sum(p.example.loss_mask.sum() for p, u in zip(step.played, useful, strict=True) if u)
+    wanted = sum(sum(p.played.lengths) for p, u in zip(step.paid, useful, strict=True) if u)
     assert content.batch.loss_mask[~unread].sum() == content.batch.loss_mask.sum() == wanted
     spoilt = replace(
         content, old=np.where(unread[:, None], np.nan, content.old), advantages=np.where(unread, np.nan, content.advantages)
@@ -226,9 +241,9 @@ def test_only_micro_batches_with_something_to_learn_are_looked_at(parts, step):
 
 
 def test_a_step_without_any_variance_is_counted_and_changes_nothing(parts, step):
-    equal = [replace(p, reward=replace(p.reward, total=1.0)) for p in step.played]
+    equal = [replace(p, reward=replace(p.reward, total=1.0)) for p in step.paid]
     with jax.set_mesh(parts.mesh):
-        state, metrics = parts.learner.learn(parts.state, replace(step, played=equal))
+        state, metrics = parts.learner.learn(parts.state, replace(step, paid=equal))
     assert metrics["grpo/groups_without_variance"] == parts.config.grpo.prompts
     assert "grpo/loss" not in metrics
     assert int(state.step) == int(parts.state.step) + 1
@@ -288,10 +303,11 @@ def test_a_server_answers_the_rows_of_all_devices(spread, mesh):
         step = spread.play(ServedTools(ToolsClient(server.url)))
     assert set(step.counts.statuses) == {"ok"}
     assert server.calls <= 2 * 8  # a shard calls once, and once more after it has uploaded its clips
-    poses = [p for p in step.played if "pose_estimation" in p.record["asked"]]
+    poses = [p for p in step.paid if p.played.decision.pose_estimation]
     assert poses
     for p in poses:
-        assert not p.example.patches[len(p.example.patches) // 2 :].any()
+        patches = p.played.parts[0].patches
+        assert not patches[len(patches) // 2 :].any()
         assert p.reward.tool == p.reward.accuracy
 
 
@@ -315,9 +331,9 @@ def test_whatever_the_server_does_the_rollout_of_eight_devices_ends_in_time_and_
         step = spread.play(ServedTools(ToolsClient(url)))
     assert step.seconds["tools"] < DEADLINE + GRACE + SLACK
     assert set(step.counts.statuses) <= statuses
-    assert step.counts.statuses.total() == sum(len(p.record["asked"]) for p in step.played)
-    assert not any(p.reward.tool for p in step.played)
-    shown = {spread.player.chat.decode(p.example.tokens) for p in step.played if p.record["asked"]}
+    assert step.counts.statuses.total() == sum(len(p.played.decision.chosen()) for p in step.paid)
+    assert not any(p.reward.tool for p in step.paid)
+    shown = {spread.collector.player.chat.decode(p.played.parts[0].tokens) for p in step.paid if p.played.statuses}
     assert all(any(SENTENCES[status] in text for status in statuses) for text in shown)
 
 
@@ -348,16 +364,16 @@ def test_a_run_whose_tools_fail_stops_between_steps_with_a_checkpoint_and_goes_o
 
 
 def test_the_temporal_bonus_is_paid_to_right_answers_of_groups_that_beat_shuffled_frames(parts, step):
-    player = parts.player
-    player.config = replace(parts.config, reward=replace(parts.config.reward, temporal=0.3, temporal_ratio=0.0))
+    collector = parts.collector
+    collector.config = replace(parts.config, reward=replace(parts.config.reward, temporal=0.3, temporal_ratio=0.0))
     try:
         paid = parts.play()
     finally:
-        player.config = parts.config
-    for p, before in zip(paid.played, step.played, strict=True):
-        np.testing.assert_array_equal(p.example.tokens, before.example.tokens)
+        collector.config = parts.config
+    for p, before in zip(paid.paid, step.paid, strict=True):
+        assert p.played.turns == before.played.turns
         assert np.isclose(p.reward.total, before.reward.total + 0.3 * before.reward.accuracy)
-    assert sum(p.reward.accuracy for p in paid.played) > 0
+    assert sum(p.reward.accuracy for p in paid.paid) > 0
 
 
 def test_a_job_measures_every_phase_and_resumes_in_the_one_in_which_it_was_left(base, mesh, tmp_path, monkeypatch, capsys):
@@ -394,10 +410,13 @@ needs_server = pytest.mark.skipif(
 def test_a_run_plays_with_the_server_that_it_starts_and_stops(base, tmp_path):
     glossary = {"kaba": "squat then bow = kaba", "tilo": "jump then clap = tilo"}
     config = replace(base, grpo=replace(base.grpo, steps=1))
-    with serve(glossary, tmp_path / "tools") as url, open_tools(ToolsConfig("server", url), {}, tmp_path) as tools:
+    with serve(glossary, tmp_path / "tools") as url, open_tools(Config(tools=ToolsConfig("server", url)), tmp_path) as tools:
         reinforce(config, tmp_path / "run", tools)
     (line,) = read_metrics(tmp_path / "run")
     assert line["tool/ok"] > 0
     assert sum(line[f"tool/{s}"] for s in ("timeout", "error", "malformed", "unavailable")) == 0
-    with pytest.raises(UserError, match="no tools server answers"), open_tools(ToolsConfig("server", url), {}, tmp_path):
+    with (
+        pytest.raises(UserError, match="no tools server answers"),
+        open_tools(Config(tools=ToolsConfig("server", url)), tmp_path),
+    ):
         pass

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vstar_jax.batch import collate
-from vstar_jax.config import PolicyConfig, ToolsConfig, VideoConfig, resolve
+from vstar_jax.config import Config, DataConfig, PolicyConfig, ToolsConfig, VideoConfig, resolve
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.processor import process
 from vstar_jax.data.task import Episode
@@ -44,12 +44,12 @@ def episode(number: int) -> Episode:
     return Episode(f"clip {number}", "base", frames, 8.0, ("kaba", "tilo"), "kaba", tools)
 
 
-def host_of(chat, prompts, tools, replace_history=False, tokens=TOKENS) -> Host:
+def host_of(chat, prompts, tools, replace_history=False, tokens=TOKENS, **options) -> Host:
     """A host that has begun episodes 0 to 3."""
     episodes = {n: episode(n) for n in range(4)}
     clips = [process(e.frames, e.fps, chat.video) for e in episodes.values()]
     first = [[chat.encode(first_messages(prompts), [clip], add_generation_prompt=True)] for clip in clips]
-    host = Host(chat, prompts, "tags", replace_history, tools, DEADLINE)
+    host = Host(chat, prompts, "tags", replace_history, tools, DEADLINE, **options)
     host.begin(episodes, Layout(tokens, collate(first, (128,), (128,)).vision))
     return host
 
@@ -185,6 +185,48 @@ def test_asking_again_gives_the_same_turn_and_calls_no_tool_twice(chat, prompts)
     assert [c.episode.name for c in calls] == ["clip 0"]
 
 
+def test_members_of_a_group_who_ask_the_same_are_answered_by_one_call(chat, prompts):
+    calls = []
+
+    def counting(asked, deadline):
+        calls.extend(asked)
+        return annotations(asked, deadline)
+
+    host = host_of(chat, prompts, counting)
+    one, other = episode(0), episode(1)
+    host.begin({0: one, 1: one, 2: one, 3: other}, host.layout)
+    turn = ask(host, chat, [EVERYTHING, EVERYTHING, Decision(noun_explanation=True), EVERYTHING])
+    assert [(c.episode.name, len(c.decision.chosen())) for c in calls] == [("clip 0", 4), ("clip 0", 1), ("clip 1", 4)]
+    assert host.counts.statuses == {"ok": 13}
+    np.testing.assert_array_equal(turn.batch.tokens[0], turn.batch.tokens[1])
+
+
+def test_rows_that_only_fill_up_call_no_tool_and_are_over(chat, prompts):
+    host = host_of(chat, prompts, annotations)
+    host.begin({0: episode(0)}, host.layout)
+    turn = ask(host, chat, [EVERYTHING] * 4)
+    assert turn.active.tolist() == [True, False, False, False]
+    assert host.counts.statuses == {"ok": 4}
+
+
+def test_from_the_second_reply_on_an_episode_is_over_with_an_answer(chat, prompts):
+    host = host_of(chat, prompts, annotations)
+    reply = chat.tokenizer.encode("<think></think><answer> kaba</answer>")
+    assert ask(host, chat, [reply, EVERYTHING], turn=1).active.all()
+    turn = ask(host, chat, [reply, EVERYTHING], turn=2)
+    assert turn.active.tolist() == [False, True]
+    assert host.counts.statuses == {"ok": 8}
+
+
+def test_a_wish_for_a_tool_that_is_not_offered_is_not_heard(chat, prompts):
+    host = host_of(chat, prompts, annotations, offered=("noun_explanation",))
+    turn = ask(host, chat, [EVERYTHING, Decision(pose_estimation=True)])
+    assert host.counts.statuses == {"ok": 1}
+    assert not turn.batch.vision.patches.any()
+    assert "jump then bow" in texts(chat, turn)[0]
+    assert "jump then bow" not in texts(chat, turn)[1]
+
+
 def test_replaced_history_starts_from_the_beginning_with_a_clip_in_any_case(chat, prompts):
     host = host_of(chat, prompts, annotations, replace_history=True)
     turn = ask(host, chat, [Decision(pose_estimation=True), NOTHING])
@@ -211,5 +253,13 @@ def test_without_the_servers_extras_one_sentence_says_what_to_install(monkeypatc
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nowhere"])
 def test_an_address_without_a_server_is_refused_before_the_run(url, tmp_path):
-    with pytest.raises(UserError, match=r"tools\.url"), open_tools(ToolsConfig("server", url), {}, tmp_path):
+    with pytest.raises(UserError, match=r"tools\.url"), open_tools(Config(tools=ToolsConfig("server", url)), tmp_path):
+        pass
+
+
+def test_a_server_of_stick_figures_is_not_started_for_videos_of_people(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"not the people of hmdb51: .*--yolo\.detect.*tools\.url.*tools\.source=annotations"),
+        open_tools(Config(data=DataConfig(dataset="hmdb51")), tmp_path),
+    ):
         pass

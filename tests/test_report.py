@@ -41,7 +41,7 @@ def test_replies_without_an_answer_are_counted_apart():
 
 
 def test_tool_rates_are_shares_of_all_clips():
-    summary = summarise([prediction("base", "a", "a", tools=("pose_estimation",)), prediction("base", "a", "a")])
+    summary = summarise([prediction("base", "a", "a", tools={"pose_estimation": "ok"}), prediction("base", "a", "a")])
     assert summary["tool_pose_estimation"] == 0.5
 
 
@@ -61,8 +61,8 @@ def test_three_splits_stand_beside_each_other_with_their_spread(capsys):
 
 
 def test_a_prediction_is_read_back_as_it_was_written():
-    assert Prediction.parse(prediction("base", "a", "b", tools=("pose_estimation",)).line()) == prediction(
-        "base", "a", "b", tools=("pose_estimation",)
+    assert Prediction.parse(prediction("base", "a", "b", tools={"pose_estimation": "ok"}).line()) == prediction(
+        "base", "a", "b", tools={"pose_estimation": "ok"}
     )
 
 

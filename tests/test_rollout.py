@@ -36,9 +36,13 @@ def prompts():
 
 
 class Answers:
-    """A host with a second clip and text of its own for each row; it counts its calls and its rows."""
+    """A host with a second clip and text of its own for each row; it counts its calls and its rows.
 
-    def __init__(self):
+    anew: its positions count from 0 and not from what was before. given: what it gave each row.
+    """
+
+    def __init__(self, anew: bool = False):
+        self.anew, self.given = anew, {}
         rng = np.random.default_rng(1)
         clip = d.clip(rng, "video", 2, 4, 4)
         self.examples = [d.dialogue(rng, 2 + n % 3, clip, 3).example for n in range(PROMPTS * MEMBERS)]
@@ -53,16 +57,19 @@ class Answers:
             self.examples[(int(n) + int(t[:k].sum())) % len(self.examples)]
             for n, t, k in zip(episodes, tokens, lengths, strict=True)
         ]
+        with self.lock:
+            self.given |= dict(zip(episodes.tolist(), picked, strict=True))
         batch = collate([[e] for e in picked], (TURN,), (32,))
+        positions = np.zeros_like(positions) if self.anew else positions
         batch = replace(batch, positions=np.where(batch.segments[..., None] > 0, batch.positions + positions[:, None, None], 0))
         following = positions + np.asarray([e.positions.max() + 1 for e in picked], np.int32)
         return Turn(batch, following, np.ones(len(episodes), bool))
 
 
-def roll(model, examples, mesh, mode, *, turns=2, members=MEMBERS, temperature=1.0, numbers=None):
+def roll(model, examples, mesh, mode, *, turns=2, members=MEMBERS, temperature=1.0, numbers=None, history="append"):
     """Completions on the host, and the host itself."""
     graphdef, state = nnx.split(model)
-    host = Answers()
+    host = Answers(anew=history == "replace")
     numbers = list(range(len(examples))) if numbers is None else numbers
     episodes = np.asarray([n * members + g for n in numbers for g in range(members)], np.int32)
     starts = np.asarray([e.positions.max() + 1 for e in examples], np.int32)
@@ -70,7 +77,7 @@ def roll(model, examples, mesh, mode, *, turns=2, members=MEMBERS, temperature=1
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(state, mesh))
         sampling = Sampling(LIMIT, temperature, turns=turns)
-        rollout = Rollout(graphdef, host, TURN, np.zeros(0, np.int32), sampling, mesh, mode)
+        rollout = Rollout(graphdef, host, TURN, np.zeros(0, np.int32), sampling, mesh, mode, history)
         replies = rollout(state, put_batch(batch, mesh), starts, episode_keys(3, numbers, members), episodes)
         return jax.device_get(replies), host
 
@@ -84,6 +91,22 @@ def test_both_drivers_give_the_same_tokens_and_log_probs(model, prompts, mesh, t
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.lengths, b.lengths)
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=LOG_PROB)
+
+
+@pytest.mark.parametrize("mode", ["callback", "segmented"])
+def test_with_replaced_history_a_turn_is_answered_as_if_it_stood_alone(model, prompts, mesh, mode):
+    """The second reply is what decoding from the turn's input alone gives, whatever the first one was."""
+    (_, second), host = roll(model, prompts, mesh("1x1"), mode, history="replace", temperature=0.0)
+    picked = [host.given[n] for n in range(PROMPTS * MEMBERS)]
+    cache = KVCache.empty(model.text.cfg, len(picked), TURN + LIMIT, model.text.dtype)
+    logits, cache = prefill(model, collate([[e] for e in picked], (TURN,), (32,)), cache)
+    starts = jnp.asarray([e.positions.max() + 1 for e in picked])
+    keys = episode_keys(3, range(PROMPTS), MEMBERS)
+    alone, _ = decode(model, logits, starts, cache, keys, jnp.zeros(0, jnp.int32), limit=LIMIT, temperature=0.0)
+    np.testing.assert_array_equal(second.tokens, alone.tokens)
+    np.testing.assert_allclose(second.log_probs, alone.log_probs, atol=LOG_PROB)
+    (_, appended), _ = roll(model, prompts, mesh("1x1"), mode, temperature=0.0)
+    assert np.abs(appended.log_probs - alone.log_probs).max() > 100 * LOG_PROB
 
 
 @pytest.mark.parametrize("shape", ["8x1", "4x2", "2x4"])

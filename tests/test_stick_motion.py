@@ -243,9 +243,19 @@ def test_the_written_reply_is_read_back_and_its_best_score_is_the_answer(seed: i
     assert [n for n, s in reply.scores.items() if s == max(reply.scores.values())] == [reply.answer]
 
 
-def test_verdicts_can_be_switched_off() -> None:
-    with_verdicts, without = (dialogues.second_reply(cast_of(1), np.random.default_rng(1), verdicts=v) for v in (True, False))
-    assert re.sub(" (yes|no)", "", with_verdicts) == without
+def test_without_sub_motions_candidates_are_named_and_one_is_chosen() -> None:
+    cast = cast_of(1)
+    reply = parse_reply(dialogues.second_reply(cast, np.random.default_rng(1), sub_motions=False))
+    assert reply.well_formed
+    assert reply.answer == cast.names[cast.shown]
+    assert reply.answer in reply.candidates
+    assert not reply.sub_motions
+    assert not reply.comparisons
+
+
+def test_a_tool_that_is_not_offered_is_not_asked_for() -> None:
+    assert dialogues.decision(True, ["noun_explanation"]) == Decision(noun_explanation=True)
+    assert parse_decision(dialogues.first_reply(True, ["pose_estimation"])) == Decision(pose_estimation=True)
 
 
 @pytest.mark.parametrize("pool", ["train", "eval"])

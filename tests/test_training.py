@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vstar_jax import config as config_module
-from vstar_jax.config import Config, DataConfig, EvaluationConfig, PolicyConfig, SftConfig
+from vstar_jax.config import Config, DataConfig, EvaluationConfig, GrpoConfig, PolicyConfig, SftConfig, ToolsConfig
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.datasets import make_task
 from vstar_jax.data.pipeline import train_batches
@@ -42,6 +42,8 @@ def base(tmp_path_factory) -> Config:
         policy=PolicyConfig(path=str(folder / "model")),
         data=DataConfig(dir=str(folder / "data"), clips_per_action=1, labels=4),
         sft=SftConfig(steps=6, batch_size=8, save_every=2, warmup=2),
+        grpo=GrpoConfig(steps=0),
+        tools=ToolsConfig("annotations"),
         evaluation=EvaluationConfig(batch_size=16, clips_per_action=1, max_new_tokens=4),
     )
 

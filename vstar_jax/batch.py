@@ -200,10 +200,16 @@ def group(ids: Sequence[Sequence[np.ndarray]], count: int) -> Groups:
     size = int(all_sizes.max())
     if (all_sizes == size).all() and count % size == 0:
         return Groups(None, size)
-    most = max(len(s) for s in sizes)
+    most, size = rounded(max(len(s) for s in sizes)), rounded(size)
     index = np.full((len(ids), most, size), count, np.int32)
     for b, row in enumerate(sizes):
         starts = np.concatenate([[0], np.cumsum(row)])
         for n, (start, end) in enumerate(itertools.pairwise(starts)):
             index[b, n, : end - start] = np.arange(start, end)
     return Groups(index, size)
+
+
+def rounded(number: int) -> int:
+    """The next number whose binary form has at most three digits before its zeros: at most a quarter more."""
+    step = 1 << max(number.bit_length() - 3, 0)
+    return -(-number // step) * step

@@ -85,6 +85,7 @@ class DataConfig:
         allow_leakage: measure even if clips or novel classes were trained on; the results then say so.
         difficulty: StickMotion's backgrounds: clean, cluttered, or a mixture.
         clips_per_action: StickMotion's training clips of each base action.
+        sub_motions: StickMotion's dialogues decompose the motion and compare candidates by it; else they name and choose.
         labels: length of the label list in a prompt of StickMotion; recorded datasets offer all their classes.
         tokens: ascending buckets of sequence length.
         patches: ascending buckets of patches a row.
@@ -105,6 +106,7 @@ class DataConfig:
     allow_leakage: bool = False
     difficulty: Literal["clean", "mixed", "cluttered"] = "mixed"
     clips_per_action: int = 40
+    sub_motions: bool = True
     labels: int = 8
     tokens: tuple[int, ...] = (64, 128, 192, 256, 384, 512)
     patches: tuple[int, ...] = (128, 256)
@@ -236,16 +238,21 @@ class GrpoConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How episodes are played in reinforcement learning.
+    """How episodes are played, in reinforcement learning and in evaluation.
 
     Args:
         mode: one jitted program that calls the host between the turns, or a return to Python after each turn.
-        max_new_tokens: most tokens a reply may have.
-        turn_tokens: tokens that the second turn's input is padded to.
+        history: a turn goes on after what was before it, or starts anew with the annotated clip in the place of the raw one, as
+            the released checkpoints were trained.
+        turns: replies of an episode at most; from the second on it is over with an answer.
+        max_new_tokens: most tokens a reply may have in reinforcement learning.
+        turn_tokens: tokens that a later turn's input is padded to.
         deadline: seconds that the tools of a turn may take.
     """
 
     mode: Literal["callback", "segmented"] = "callback"
+    history: Literal["append", "replace"] = "append"
+    turns: int = 2
     max_new_tokens: int = 128
     turn_tokens: int = 192
     deadline: float = 10.0
@@ -258,11 +265,16 @@ class ToolsConfig:
     Args:
         source: the tools server, or what the dataset knows of its own clips (StickMotion: everything; the others: texts alone).
         url: address of a tools server that runs already, such as http://127.0.0.1:8765; empty starts one for the run.
+        offered: tools that the policy may have; wishes for others are not heard.
+        counterfactual: what the policy gets in the place of what the tools return: none nothing else, blank empty clips and
+            texts, shuffled frames and explanations in another order, other the results of another clip.
         failures: the run stops at a step of which more than this share of the tool calls failed.
     """
 
-    source: Literal["server", "annotations"] = "annotations"
+    source: Literal["server", "annotations"] = "server"
     url: str = ""
+    offered: tuple[str, ...] = ("pose_estimation", "person_detection", "video_explanation", "noun_explanation")
+    counterfactual: Literal["none", "blank", "shuffled", "other"] = "none"
     failures: float = 0.5
 
 
@@ -273,7 +285,7 @@ class EvaluationConfig:
     Args:
         batch_size: episodes at a time, over all devices.
         clips_per_action: held-out clips of each action that are evaluated; 0 takes all.
-        max_new_tokens: most tokens a reply may have.
+        max_new_tokens: most tokens a reply may have in evaluation.
         temperature: 0 decodes greedily.
     """
 
@@ -369,7 +381,7 @@ FREE = (
     "grpo.keep",
     "tools.url",
     "tools.failures",
-    "evaluation.",
+    "evaluation.batch_size",
 )
 
 
@@ -454,6 +466,16 @@ def check(config: Config) -> None:
         raise UserError(f"data.labels is {config.data.labels}, but must be at least 2: one label leaves nothing to recognise.")
     if config.sft.batch_size % config.sft.accumulate:
         raise UserError(f"sft.accumulate is {config.sft.accumulate}, but must divide sft.batch_size ({config.sft.batch_size}).")
+    if unknown := [name for name in config.tools.offered if name not in ToolsConfig().offered]:
+        raise UserError(f"tools.offered names {unknown[0]}, but the tools are {', '.join(ToolsConfig().offered)}.")
+    if config.tools.url and config.tools.source == "annotations":
+        raise UserError(f"tools.url is {config.tools.url}, but tools.source is annotations: set tools.source=server to ask it.")
+    if config.rollout.turns < 2:
+        raise UserError(f"rollout.turns is {config.rollout.turns}, but must be at least 2: the labels come with the second.")
+    if config.rollout.history == "replace" and config.sft.steps:
+        raise UserError(
+            "rollout.history is replace, but SFT learns dialogues as a whole: set sft.steps=0, or rollout.history=append."
+        )
     _check_grpo(config)
 
 

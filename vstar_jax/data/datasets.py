@@ -1,5 +1,7 @@
 """The datasets by name: what a configuration says becomes a task."""
 
+from collections.abc import Mapping
+
 from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.protocols import DATASETS, groups
@@ -29,3 +31,19 @@ def make_task(config: Config, chat: Chat) -> Task:
 
     source = Source(data.dataset, data.dir, wanted, data.train, data.videos or None)
     return Recorded(config, chat, source, dialogues=read_dialogues(data.dialogues) if data.dialogues else ())
+
+
+def glossary(config: Config) -> Mapping[str, str]:
+    """Label -> explanation, for all labels of the dataset that `config` names which have one."""
+    data = config.data
+    if data.dataset == STICK_MOTION:
+        from vstar_jax.data.stick_motion import names
+
+        return names.glossary()
+    from vstar_jax.data.builders.videos import Records
+
+    lists = (*groups(data.dataset, data.protocol, full=data.full, variant=data.variant).values(), *data.train)
+    found: dict[str, str] = {}
+    for name in lists:
+        found |= Records(data.dataset, data.dir, name, data.videos or None).explanations
+    return found

@@ -60,9 +60,8 @@ class Source:
     videos: str | None = None
 
 
-def explanations_of(*lists: Records) -> Toolbox:
-    """A toolbox without a server: explains the vocabulary with what the lists say of it, and has no other tool."""
-    known = {label_key(label): text for records in lists for label, text in records.explanations.items()}
+def explaining(known: Mapping[str, str]) -> Toolbox:
+    """A toolbox without a server: explains labels by their keys (`clips.label_key`), and has no other tool."""
 
     def tools(frames: np.ndarray, fps: float, labels: Sequence[str], asked: Decision) -> ToolResult:
         lines = [f"- {label}: {text}" for label in labels if (text := known.get(label_key(label)))]
@@ -99,7 +98,9 @@ class Recorded:
         self._group_lists, self._train = dict(source.groups), source.train
         self._group_of = {name: group for group, name in source.groups.items()}
         self._dialogues = {dialogue.path: dialogue for dialogue in dialogues}
-        self.tools = tools or explanations_of(*self._lists.values())
+        lists = self._lists.values()
+        self._explanations = {label_key(label): text for records in lists for label, text in records.explanations.items()}
+        self.tools = tools or explaining(self._explanations)
 
     def train_records(self) -> Sequence[Record]:
         """The clips of the training lists that can be read; where there are dialogues, those that have one."""
@@ -175,6 +176,7 @@ class Recorded:
             labels=labels,
             answer=record.label,
             tools=lambda asked: self.tools(frames, fps, labels, asked),
+            explanation=self._explanations.get(label_key(record.label)),
         )
 
     def _read(self, record: Record) -> Clip | None:

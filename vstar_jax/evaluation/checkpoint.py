@@ -26,6 +26,7 @@ from vstar_jax.models import hf, lora
 from vstar_jax.models.config import Architecture
 from vstar_jax.models.qwen2_5_vl import abstract, check_mesh
 from vstar_jax.sharding import state_shardings
+from vstar_jax.tools.launch import open_tools
 from vstar_jax.training.checkpoint import Checkpointer
 
 
@@ -106,6 +107,11 @@ UNRELATED = (
     "sft.",
     "reward.",
     "grpo.",
+    "rollout.mode",
+    "rollout.max_new_tokens",
+    "rollout.deadline",
+    "tools.url",
+    "tools.failures",
     "evaluation.batch_size",
 )
 """Settings that no prediction depends on but for the order of sums, and paths whose content is compared instead."""
@@ -149,7 +155,8 @@ def measure(checkpoint: str, config: Config, mesh: Mesh, out: str | None, seeds:
     leakage = guard(task, config)
     graphdef, state = restore(checkpoint, config, mesh)
     journal = Journal(folder, _about(checkpoint, config, task.prompts))
-    predictions = evaluate(graphdef, state, task, chat, config, mesh, name, journal)
+    with open_tools(config, folder / "tools") as tools:
+        predictions = evaluate(graphdef, state, task, chat, tools, config, mesh, name, journal)
     summary = summarise(predictions)
     print_table({name: summary}, title(config))
     result: dict[str, Any] = {

@@ -12,9 +12,11 @@ from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.task import Episode, Task
 from vstar_jax.errors import UserError
-from vstar_jax.evaluation.episodes import EpisodeRunner
 from vstar_jax.evaluation.journal import Journal
 from vstar_jax.evaluation.report import Prediction
+from vstar_jax.rollout.episode import Sampling
+from vstar_jax.rollout.player import Played, Player
+from vstar_jax.tools.host import Tools, failed_share
 
 EVALUATION_STREAM = 0xE7A1
 """Keeps the draws of evaluation (labels, names) apart from those of training under the same seed."""
@@ -28,17 +30,22 @@ def evaluate(
     state: Any,
     task: Task,
     chat: Chat,
+    tools: Tools,
     config: Config,
     mesh: Mesh,
     title: str,
     journal: Journal | None = None,
 ) -> list[Prediction]:
-    """Plays the held-out clips of every group of `task`; clips that cannot be read stay in the denominator.
+    """Plays the held-out clips of every group of `task` with the tools; clips that cannot be read stay in the denominator.
 
     An episode's labels and names follow from the seed and its place in the list, so that every model is asked the same.
-    journal: takes the predictions of each batch as it is done; the clips that it has already are not played again.
+    journal: takes the predictions of each batch as it is done; the clips that it has already are not played again. UserError
+    when a group has no clip, a prompt does not fit, or most of a batch's tool calls failed, for that measures no policy; what
+    was played before stays in the journal.
     """
-    runner = EpisodeRunner(graphdef, state, chat, task.prompts, config, mesh)
+    settings, turns = config.evaluation, config.rollout.turns
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, turns=turns)
+    player = Player(graphdef, chat, task.prompts, tools, config, mesh, sampling, settings.batch_size)
     records = [(group, record) for group in task.groups for record in task.test_records(group)]
     for group in task.groups:
         if not any(g == group for g, _ in records):
@@ -60,7 +67,14 @@ def evaluate(
         while (done := len(predictions)) < len(records):
             # Batches end where they would have without an interruption, so that an episode keeps its neighbours.
             batch = numbered[done : (done // size + 1) * size]
-            made = _played(runner, task, batch, list(pool.map(prepare, batch)))
+            made = _played(player, state, task, batch, list(pool.map(prepare, batch)))
+            if failed_share(player.host.counts.statuses) > config.tools.failures:
+                statuses = player.host.counts.statuses
+                raise UserError(
+                    f"{statuses.total() - statuses['ok']} of {statuses.total()} tool calls of a batch failed while {title} was "
+                    "evaluated: look at the tools server and its log, then run the same command again; tools.failures sets how "
+                    "many may fail."
+                )
             if journal:
                 journal.add(made)
             predictions += made
@@ -70,26 +84,26 @@ def evaluate(
     return predictions
 
 
-def _played(runner: EpisodeRunner, task: Task, batch: list[Numbered], episodes: list[Episode | None]) -> list[Prediction]:
+def _played(player: Player, state: Any, task: Task, batch: list[Numbered], episodes: list[Episode | None]) -> list[Prediction]:
     """The predictions of a batch, in its order."""
     there = [(index, episode) for (index, _), episode in zip(batch, episodes, strict=True) if episode is not None]
-    transcripts = runner.run([episode for _, episode in there], [index for index, _ in there]) if there else []
-    played = {index: _prediction(e, t) for (index, e), t in zip(there, transcripts, strict=True)}
-    return [played.get(index) or _unreadable(group, record, task.label_count(group)) for index, (group, record) in batch]
+    played = player.play(state, [episode for _, episode in there], [index for index, _ in there]) if there else []
+    made = {index: _prediction(e, p) for (index, e), p in zip(there, played, strict=True)}
+    return [made.get(index) or _unreadable(group, record, task.label_count(group)) for index, (group, record) in batch]
 
 
-def _prediction(episode: Episode, transcript: Any) -> Prediction:
+def _prediction(episode: Episode, played: Played) -> Prediction:
     return Prediction(
         clip=episode.name,
         group=episode.group,
         label=episode.answer,
-        answer=transcript.reply.answer or "",
-        well_formed=transcript.reply.well_formed,
-        tools=transcript.decision.chosen(),
-        turns=transcript.turns,
+        answer=played.reply.answer or "",
+        well_formed=played.reply.well_formed,
+        tools=dict(played.statuses),
+        turns=played.turns,
         labels=len(episode.labels),
     )
 
 
 def _unreadable(group: str, record: Any, labels: int) -> Prediction:
-    return Prediction(record.name, group, record.label, "", False, (), (), labels, readable=False)
+    return Prediction(record.name, group, record.label, "", False, {}, (), labels, readable=False)

@@ -15,14 +15,16 @@ from vstar_jax.dialogue import same_label
 
 @dataclass(frozen=True)
 class Prediction:
-    """One held-out clip: its group, the right name, the answer that was read (empty when there was none), and both turns."""
+    """One held-out clip: its group, the right name, the answer that was read (empty when there was none), the tools that were
+    asked for and how their calls ended, and the turns.
+    """
 
     clip: str
     group: str
     label: str
     answer: str
     well_formed: bool
-    tools: tuple[str, ...]
+    tools: Mapping[str, str]
     turns: tuple[str, ...]
     labels: int
     readable: bool = True
@@ -41,7 +43,7 @@ class Prediction:
         """What `line` wrote."""
         found = json.loads(line)
         values: dict[str, Any] = {f.name: found[f.name] for f in fields(cls)}
-        return cls(**{**values, "tools": tuple(values["tools"]), "turns": tuple(values["turns"])})
+        return cls(**{**values, "turns": tuple(values["turns"])})
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -123,3 +125,8 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> No
     with temporary.open("w") as file:
         file.writelines(prediction.line() for prediction in predictions)
     os.replace(temporary, path)
+
+
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """What `write_predictions` wrote."""
+    return [Prediction.parse(line) for line in Path(path).read_text().splitlines()]

@@ -25,6 +25,7 @@ from vstar_jax.rollout.sampler import Completion, decode, prefill
 from vstar_jax.sharding import put_batch
 
 Mode = Literal["callback", "segmented"]
+History = Literal["append", "replace"]
 PHASES = ("encode", "prefill", "decode", "tools")
 
 Host = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Turn]
@@ -53,9 +54,19 @@ class Rollout:
     """
 
     def __init__(
-        self, graphdef: Any, host: Host, turn_tokens: int, stop_ids: np.ndarray, sampling: Sampling, mesh: Mesh, mode: Mode
+        self,
+        graphdef: Any,
+        host: Host,
+        turn_tokens: int,
+        stop_ids: np.ndarray,
+        sampling: Sampling,
+        mesh: Mesh,
+        mode: Mode,
+        history: History = "append",
     ):
-        """graphdef: the policy's; host: see `Host`; turn_tokens: tokens S of the input of a later turn; stop_ids int32 [n]."""
+        """graphdef: the policy's; host: see `Host`; turn_tokens: tokens S of the input of a later turn; stop_ids int32 [n];
+        history: whether a later turn goes on after what was before, or forgets it.
+        """
         self.host, self.mesh, self.mode, self.sampling = host, mesh, mode, sampling
         self.seconds: dict[str, float] = {}
         self._marks: list[tuple[float, str]] = []
@@ -71,8 +82,13 @@ class Rollout:
             return prefill(model, batch, cache, visual)
 
         def turn(state, batch: Batch, visual, cache: KVCache):
-            grown = cache.grown(batch.tokens.shape[1] + sampling.limit)
-            return prefill(nnx.merge(graphdef, state), batch, grown, visual)
+            model = nnx.merge(graphdef, state)
+            rows, length = batch.tokens.shape
+            if history == "append":
+                cache = cache.grown(length + sampling.limit)
+            else:
+                cache = KVCache.empty(model.text.cfg, rows, length + sampling.limit, model.text.dtype)
+            return prefill(model, batch, cache, visual)
 
         def begun(state, logits, positions, prefix: KVCache, keys):
             members = keys.shape[0] // logits.shape[0]

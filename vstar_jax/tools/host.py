@@ -20,7 +20,7 @@ import numpy as np
 from vstar_jax.batch import Batch, Example, Groups, Turn, Vision, collate, group
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.task import Episode
-from vstar_jax.dialogue import Decision, Dialect, Prompts, ToolResult, parse_decision, second_messages
+from vstar_jax.dialogue import TOOLS, Decision, Dialect, Prompts, ToolResult, parse_decision, parse_reply, second_messages
 from vstar_jax.errors import UserError
 from vstar_jax.tools.protocol import SENTENCES, Status
 
@@ -80,10 +80,9 @@ class Counts:
     seconds: float = 0.0
 
 
-def failed_share(counts: Counts) -> float:
+def failed_share(statuses: Counter[str]) -> float:
     """The share of the calls that gave nothing, 0 where none was made."""
-    total = counts.statuses.total()
-    return (total - counts.statuses["ok"]) / total if total else 0.0
+    return (statuses.total() - statuses["ok"]) / statuses.total() if statuses else 0.0
 
 
 @dataclass(frozen=True)
@@ -101,74 +100,105 @@ class Layout:
 class Host:
     """`rollout.episode.Host` for two-stage dialogues; `begin` tells it which episodes a rollout plays."""
 
-    def __init__(self, chat: Chat, prompts: Prompts, dialect: Dialect, replace_history: bool, tools: Tools, deadline: float):
+    def __init__(
+        self,
+        chat: Chat,
+        prompts: Prompts,
+        dialect: Dialect,
+        replace_history: bool,
+        tools: Tools,
+        deadline: float,
+        offered: Sequence[str] = tuple(TOOLS),
+    ):
         """deadline: seconds for the tools of a turn. replace_history: a turn's input stands alone, with the annotated clip (or
         the raw one where there is none) in the place of what was shown before, as the released checkpoints were trained.
+        offered: a wish for any other tool is not heard.
         """
         self.chat, self.prompts, self.dialect, self.replace_history = chat, prompts, dialect, replace_history
-        self.tools, self.deadline = tools, deadline
+        self.tools, self.deadline, self.offered = tools, deadline, offered
+        self.counts = Counts()
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(SHARDS, thread_name_prefix="tools")
 
     def begin(self, episodes: Mapping[int, Episode], layout: Layout) -> None:
-        """Forgets the last rollout; `episodes` by their numbers are what the next one plays.
+        """Forgets the last rollout; `episodes` by their numbers are what the next one plays, other rows are over after a reply.
 
         Raises UserError when the input of a turn in which every tool failed would not fit `layout`.
         """
         self.episodes, self.layout = dict(episodes), layout
         self.counts, self.exchanges = Counts(), dict[tuple[int, int], Exchange]()
-        self._unanswered: dict[int, Example] = {}
-        for number, episode in self.episodes.items():
-            plain = self._example(episode, self._failed(Decision(True, True, True, True), "error").result)
+        self._over = set[tuple[int, int]]()
+        failed = self._failed(Decision(True, True, True, True), "error").result
+        self._plain: dict[int, Example] = {}
+        for episode in {id(e): e for e in self.episodes.values()}.values():
+            plain = self._example(episode, failed)
             if not self._fits(plain):
                 raise UserError(
                     f"the second turn of clip {episode.name} needs {len(plain.tokens)} tokens and {len(plain.patches)} patches "
                     f"without any tool's answer, but rollout.turn_tokens is {layout.tokens} and its clip has {layout.patches} "
                     "patches: raise rollout.turn_tokens or give fewer labels."
                 )
-            self._unanswered[number] = plain
+            self._plain[id(episode)] = plain
 
     def shown(self, episode: int, turn: int) -> Example:
         """What the policy was shown after reply number `turn` of an episode, with positions from 0."""
-        exchange = self.exchanges.get((episode, turn))
-        return self._unanswered[episode] if exchange is None else exchange.example
+        if exchange := self.exchanges.get((episode, turn)):
+            return exchange.example
+        # A row that only fills up is shown anything.
+        return self._plain[id(self.episodes[episode])] if episode in self.episodes else next(iter(self._plain.values()))
 
     def __call__(self, turn: int, episodes: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Turn:
         """See `rollout.episode.Host`."""
-        started = time.monotonic()
+        started, numbers = time.monotonic(), [int(n) for n in episodes]
         try:
-            examples = self._answers(turn, episodes, tokens, lengths)
+            self._answer(turn, numbers, tokens, lengths)
         except Exception:
-            log.exception("the host of turn %d failed: its %d episodes go on without tools", turn, len(episodes))
+            log.exception("the host of turn %d failed: its %d episodes go on without tools", turn, len(numbers))
             with self._lock:
-                self.counts.statuses["error"] += len(episodes)
-                for n in episodes:
-                    self.exchanges.pop((int(n), turn), None)
-            examples = [self._unanswered[int(n)] for n in episodes]
+                self.counts.statuses["error"] += sum(n in self.episodes for n in numbers)
+                for n in numbers:
+                    self.exchanges.pop((n, turn), None)
+        examples = [self.shown(n, turn) for n in numbers]
         batch = self._batch(examples)
         starts = np.zeros_like(positions) if self.replace_history else positions
         batch = replace(batch, positions=np.where(batch.segments[..., None] > 0, batch.positions + starts[:, None, None], 0))
         following = starts + np.asarray([e.positions.max() + 1 for e in examples], np.int32)
+        active = np.asarray([n in self.episodes and (n, turn) not in self._over for n in numbers])
         with self._lock:
             self.counts.seconds = max(self.counts.seconds, time.monotonic() - started)
-        return Turn(batch, following.astype(np.int32), np.ones(len(episodes), bool))
+        return Turn(batch, following.astype(np.int32), active)
 
-    def _answers(self, turn: int, episodes: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> list[Example]:
-        numbers = [int(n) for n in episodes]
-        missing = [i for i, n in enumerate(numbers) if (n, turn) not in self.exchanges]
-        replies = [self.chat.decode(tokens[i, : lengths[i]]) for i in missing]
-        decisions = [parse_decision(reply, self.dialect) for reply in replies]
-        calls = [Call(self.episodes[numbers[i]], turn, d) for i, d in zip(missing, decisions, strict=True)]
-        for i, reply, call, outcome in zip(missing, replies, calls, self._asked(calls), strict=True):
-            if not _like(outcome.result.frames, call.episode.frames):
-                outcome = self._failed(call.decision, "malformed")
-            example = self._example(call.episode, outcome.result)
-            if not self._fits(example):
-                outcome = self._failed(call.decision, "malformed")
-                example = self._example(call.episode, outcome.result)
+    def _answer(self, turn: int, numbers: Sequence[int], tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Makes the exchanges of the rows that have none yet; members of a group who ask the same are answered once."""
+        replies, decisions = dict[int, str](), dict[int, Decision]()
+        for row, n in enumerate(numbers):
+            if n not in self.episodes or (n, turn) in self.exchanges:
+                continue
+            reply = self.chat.decode(tokens[row, : lengths[row]])
+            if turn > 1 and parse_reply(reply).answer is not None:
+                self._over.add((n, turn))
+            else:
+                replies[n], decisions[n] = reply, self._heard(reply)
+        calls = {(id(self.episodes[n]), d): Call(self.episodes[n], turn, d) for n, d in decisions.items()}
+        told = {key: self._told(c, o) for (key, c), o in zip(calls.items(), self._asked(list(calls.values())), strict=True)}
+        for n, decision in decisions.items():
+            outcome, example = told[id(self.episodes[n]), decision]
             with self._lock:
                 self.counts.statuses.update(outcome.statuses.values())
-                self.exchanges[numbers[i], turn] = Exchange(reply, call.decision, outcome, example)
-        return [self.exchanges[n, turn].example for n in numbers]
+                self.exchanges[n, turn] = Exchange(replies[n], decision, outcome, example)
+
+    def _heard(self, reply: str) -> Decision:
+        """What a reply asks for, of the tools that are offered."""
+        chosen = parse_decision(reply, self.dialect).chosen()
+        return Decision(**{name: True for name in chosen if name in self.offered})
+
+    def _told(self, call: Call, outcome: Outcome) -> tuple[Outcome, Example]:
+        """The outcome of a call and how the policy reads it; what does not fit its place is malformed."""
+        if _like(outcome.result.frames, call.episode.frames):
+            example = self._example(call.episode, outcome.result)
+            if self._fits(example):
+                return outcome, example
+        outcome = self._failed(call.decision, "malformed")
+        return outcome, self._example(call.episode, outcome.result)
 
     def _asked(self, calls: Sequence[Call]) -> list[Outcome]:
         """The outcomes of all calls; those without a decision for any tool need no tool."""
@@ -233,5 +263,6 @@ def _grouped(ids: Sequence[np.ndarray], patches: int, like: Groups) -> Groups:
     if any(len(i) for i in ids):
         found = group([[i] for i in ids], patches)
         whole = np.arange(patches, dtype=np.int32).reshape(1, -1, found.size) if found.index is None else found.index
+        whole = whole[:, : index.shape[1]]  # what is cut off are groups of padding
         index[:, : whole.shape[1], : found.size] = whole
     return Groups(index, like.size)

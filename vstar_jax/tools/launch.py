@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vstar_jax.config import ToolsConfig
+from vstar_jax.config import Config
+from vstar_jax.data.datasets import STICK_MOTION, glossary
 from vstar_jax.errors import UserError
 from vstar_jax.tools.client import ToolsClient
+from vstar_jax.tools.counterfactual import Counterfactual
 from vstar_jax.tools.host import Tools, annotations
 from vstar_jax.tools.served import ServedTools
 
@@ -36,26 +38,39 @@ ELSE = "give the address of a server that runs with tools.url, or set tools.sour
 
 
 @contextmanager
-def open_tools(config: ToolsConfig, glossary: Mapping[str, str], folder: Path) -> Iterator[Tools]:
-    """The tools of a run, as long as the context lasts.
+def open_tools(config: Config, folder: Path) -> Iterator[Tools]:
+    """The tools of a run, as long as the context lasts, or what its counterfactual makes of them.
 
-    glossary: label -> explanation, what a server that is started here explains actions with; folder: for its log and its cache.
-    Raises UserError when there is no server at tools.url or none can be started.
+    folder: for the log and the cache of a server that is started here. Raises UserError when there is no server at tools.url,
+    none can be started, or the one that would be started cannot see people in videos.
     """
-    if config.source == "annotations":
+    with _opened(config, folder) as tools:
+        kind = config.tools.counterfactual
+        yield tools if kind == "none" else Counterfactual(tools, kind)
+
+
+@contextmanager
+def _opened(config: Config, folder: Path) -> Iterator[Tools]:
+    url = config.tools.url
+    if config.tools.source == "annotations":
         yield annotations
-        return
-    if config.url:
-        with _client(config.url) as client:
+    elif url:
+        with _client(url) as client:
             if not client.ready():
                 raise UserError(
-                    f"no tools server answers at tools.url {config.url}: start one with python -m tools_server, or leave "
-                    "tools.url empty to have one started."
+                    f"no tools server answers at tools.url {url}: start one with python -m tools_server, or leave tools.url "
+                    "empty to have one started."
                 )
             yield ServedTools(client)
-        return
-    with serve(glossary, folder) as url, _client(url) as client:
-        yield ServedTools(client)
+    elif config.data.dataset != STICK_MOTION:
+        raise UserError(
+            f"the tools server that a run starts sees stick figures alone, not the people of {config.data.dataset}: start one "
+            "with YOLO11's weights (python -m tools_server --yolo.detect=yolo11x.pt --yolo.pose=yolo11x-pose.pt) and give its "
+            "address with tools.url, or go without visual tools with tools.source=annotations."
+        )
+    else:
+        with serve(glossary(config), folder) as started, _client(started) as client:
+            yield ServedTools(client)
 
 
 @contextmanager

@@ -26,11 +26,12 @@ from vstar_jax.errors import Interrupted, UserError
 from vstar_jax.models.lora import without
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.objectives.grpo import Totals, advantages, grpo_loss, token_log_probs
-from vstar_jax.rollout.player import Played, Player, Step, as_record
+from vstar_jax.rollout.player import Played
 from vstar_jax.sharding import put_batch
 from vstar_jax.tools.host import Tools, failed_share
 from vstar_jax.tools.protocol import STATUSES
 from vstar_jax.training.checkpoint import Checkpointer
+from vstar_jax.training.collect import Collector, Step, as_record
 from vstar_jax.training.metrics import MetricsWriter
 from vstar_jax.training.sft import stop_requests
 from vstar_jax.training.state import TrainState, create_state, make_optimizer
@@ -74,7 +75,7 @@ def experience(
     """
     rows = len(played) // accumulate
     order = np.argsort(~useful, kind="stable").reshape(accumulate, rows).T.reshape(-1).tolist()
-    batch = collate([[played[n].example] for n in order], (tokens,), (patches,) if patches else ())
+    batch = collate([played[n].parts for n in order], (tokens,), (patches,) if patches else ())
     batch = replace(batch, loss_mask=batch.loss_mask & useful[order][:, None])
     old = np.zeros(batch.tokens.shape, np.float32)
     for row, n in zip(old, order, strict=True):
@@ -95,7 +96,7 @@ def micro_batch(batch: Experience, accumulate: int, number: jax.Array) -> Experi
 
 def make_reference(graphdef: Any, config: Config) -> Callable[..., Experience]:
     """The jitted function (params, frozen, experience, used) -> the experience with the reference's log-probabilities."""
-    grpo = config.grpo
+    grpo, packed = config.grpo, config.rollout.history == "replace"
 
     @jax.jit
     def reference(params: Any, frozen: Any, batch: Experience, used: jax.Array) -> Experience:
@@ -104,7 +105,7 @@ def make_reference(graphdef: Any, config: Config) -> Callable[..., Experience]:
 
         def micro(number: jax.Array, found: jax.Array) -> jax.Array:
             part = micro_batch(batch, grpo.accumulate, number)
-            log_probs = token_log_probs(policy, part.batch, chunk=grpo.chunk, temperature=grpo.temperature)
+            log_probs = token_log_probs(policy, part.batch, chunk=grpo.chunk, temperature=grpo.temperature, packed=packed)
             return found.at[:, number].set(log_probs)
 
         shape = batch.reference.shape
@@ -126,11 +127,12 @@ def make_grpo_step(graphdef: Any, optimizer: Any, config: Config, state: TrainSt
 
     The first `used` micro-batches are summed, and the others not even looked at.
     """
-    grpo, limit = config.grpo, 2 * config.rollout.max_new_tokens
+    grpo, limit = config.grpo, config.rollout.turns * config.rollout.max_new_tokens
+    packed = config.rollout.history == "replace"  # then a row holds the turns of an episode as sequences of their own
 
     def loss(params: Any, frozen: Any, part: Experience) -> tuple[jax.Array, Totals]:
         model = nnx.merge(graphdef, params, frozen)
-        log_probs = token_log_probs(model, part.batch, chunk=grpo.chunk, temperature=grpo.temperature)
+        log_probs = token_log_probs(model, part.batch, chunk=grpo.chunk, temperature=grpo.temperature, packed=packed)
         reference = part.reference if grpo.beta else None
         totals = grpo_loss(log_probs, part.old, reference, part.advantages, jnp.asarray(part.batch.loss_mask), grpo, limit)
         return totals.loss, totals
@@ -176,7 +178,7 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
     with jax.set_mesh(mesh):
         graphdef, state = create_state(model, optimizer, config.policy.lora, mesh, config.seed)
         first = jax.tree.map(jnp.copy, state.params) if grpo.beta and grpo.reference == "frozen" else None
-        player = Player(graphdef, task, chat, tools, config, mesh)
+        collector = Collector(graphdef, task, chat, tools, config, mesh)
         learner = Learner(graphdef, optimizer, config, mesh, state, first)
         checkpointer = Checkpointer(folder / "checkpoints", grpo.keep)
         if checkpointer.latest() is not None:
@@ -186,9 +188,9 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
         with stop_requests() as stops, bar, MetricsWriter(run_dir, resume_step=offset + done) as metrics:
             for number in range(done + 1, grpo.steps + 1):
                 started = time.perf_counter()
-                step = player.play(nnx.merge_state(state.params, state.frozen), number)
+                step = collector.collect(nnx.merge_state(state.params, state.frozen), number)
                 measured = told(step)
-                failing = failed_share(step.counts) > config.tools.failures
+                failing = failed_share(step.counts.statuses) > config.tools.failures
                 if not failing:
                     state, learned = learner.learn(state, step)
                     measured |= learned
@@ -215,7 +217,7 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
                     checkpointer.close()
                     raise Interrupted(number, stops[0])
         checkpointer.close()
-    return GrpoRun(graphdef, state, {"rollout": player.rollout.compilations(), **learner.compilations()})
+    return GrpoRun(graphdef, state, {"rollout": collector.player.rollout.compilations(), **learner.compilations()})
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
@@ -248,12 +250,14 @@ class Learner:
         A step without such a group leaves the parameters as they are and only counts.
         """
         grpo, started = self.config.grpo, time.perf_counter()
-        rewards = np.asarray([p.reward.total for p in step.played]).reshape(-1, grpo.group)
+        rewards = np.asarray([p.reward.total for p in step.paid]).reshape(-1, grpo.group)
         values, differs = advantages(rewards, grpo.normalise)
         measured = {"grpo/groups_without_variance": float((~differs).sum())}
         if differs.any():
             useful = np.repeat(differs, grpo.group)
-            content, used = experience(step.played, values.reshape(-1), useful, step.tokens, step.patches, grpo.accumulate)
+            content, used = experience(
+                [p.played for p in step.paid], values.reshape(-1), useful, step.tokens, step.patches, grpo.accumulate
+            )
             batch = put_batch(content, self.mesh)
             if grpo.beta:
                 batch = self.reference(state.params if self.first is None else self.first, state.frozen, batch, used)
@@ -276,9 +280,9 @@ class Learner:
 def told(step: Step) -> dict[str, float]:
     """What a step's episodes were like, as metrics."""
     parts = ("accuracy", "format", "tool", "sub_motion", "total")
-    told = {f"reward/{part}": float(np.mean([getattr(p.reward, part) for p in step.played])) for part in parts}
+    told = {f"reward/{part}": float(np.mean([getattr(p.reward, part) for p in step.paid])) for part in parts}
     told |= {f"tool/{status}": float(step.counts.statuses[status]) for status in STATUSES}
-    told["rollout/tokens"] = float(sum(p.example.loss_mask.sum() for p in step.played))
+    told["rollout/tokens"] = float(sum(sum(p.played.lengths) for p in step.paid))
     rolling = sum(step.seconds[phase] for phase in ("encode", "prefill", "decode", "tools"))
     told["rollout/tokens_per_s"] = told["rollout/tokens"] / rolling
     told["rollout/tools_share"] = step.seconds["tools"] / rolling

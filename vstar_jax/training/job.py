@@ -1,9 +1,9 @@
 """The main job of `scripts/train.py`: measure the base model, fine-tune, learn by reward, measure after each, report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -11,18 +11,17 @@ from jax.sharding import Mesh
 from vstar_jax import config as config_module
 from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
-from vstar_jax.data.datasets import STICK_MOTION, make_task
+from vstar_jax.data.datasets import make_task
 from vstar_jax.data.leakage import guard
 from vstar_jax.data.pipeline import train_batches
 from vstar_jax.data.task import Task
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.checkpoint import restore
 from vstar_jax.evaluation.protocol import evaluate
-from vstar_jax.evaluation.report import Prediction, print_table, summarise, title, write_json, write_predictions
+from vstar_jax.evaluation.report import print_table, read_predictions, summarise, title, write_json, write_predictions
 from vstar_jax.models import hf, lora
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, check_mesh
-from vstar_jax.tools.equipped import EquippedTask
-from vstar_jax.tools.host import Tools, failed_share
+from vstar_jax.tools.host import Tools
 from vstar_jax.tools.launch import open_tools
 from vstar_jax.training import grpo
 from vstar_jax.training.metrics import MetricsWriter, draw_curves
@@ -39,23 +38,6 @@ def load_policy(config: Config, mesh: Mesh) -> Qwen25VL:
     return model
 
 
-def glossary(config: Config) -> Mapping[str, str]:
-    """Label -> explanation, for all labels of the dataset that `config` names which have one."""
-    data = config.data
-    if data.dataset == STICK_MOTION:
-        from vstar_jax.data.stick_motion import names
-
-        return names.glossary()
-    from vstar_jax.data.builders.videos import Records
-    from vstar_jax.data.protocols import groups
-
-    lists = (*groups(data.dataset, data.protocol, full=data.full, variant=data.variant).values(), *data.train)
-    found: dict[str, str] = {}
-    for name in lists:
-        found |= Records(data.dataset, data.dir, name, data.videos or None).explanations
-    return found
-
-
 def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Trains and evaluates as `config` says; everything lands in `config.run_dir`, and the summaries are returned.
 
@@ -66,8 +48,7 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     task = make_task(config, chat)
     leakage = guard(task, config)
     config_module.start_run(config)
-    served = config.tools.source == "server" and not config.tools.url
-    with open_tools(config.tools, glossary(config) if served else {}, run_dir / "tools") as tools:
+    with open_tools(config, run_dir / "tools") as tools:
         job = _Job(config, mesh, run_dir, chat, task, tools)
         graphdef, state = nnx.split(load_policy(config, mesh))
         rows = {"base model": job.measured("base", graphdef, state)}
@@ -124,20 +105,12 @@ class _Job:
             metrics.write(step, {f"eval/{k}": v for k, v in summary.items() if k.endswith("top1")})
 
     def measured(self, name: str, graphdef: Any, state: Any) -> dict[str, float]:
-        """Held-out accuracy with the tools on; UserError when most of their calls failed, for that measures no policy."""
-        config = self.config
-        task = EquippedTask(self.task, self.tools, config.rollout.deadline)
-        predictions: Sequence[Prediction] = evaluate(graphdef, state, cast(Task, task), self.chat, config, self.mesh, name)
-        statuses = task.counts.statuses
-        if failed_share(task.counts) > config.tools.failures:
-            raise UserError(
-                f"{statuses.total() - statuses['ok']} of {statuses.total()} tool calls failed while {name} was measured: look "
-                "at the tools server and its log, then run the same command again."
-            )
-        folder = self.run_dir / "rollouts"
-        folder.mkdir(exist_ok=True)
-        write_predictions(folder / f"{name}.jsonl", predictions)
-        return summarise(predictions)
+        """Held-out accuracy with the tools on; a run that resumes does not measure again what it has measured."""
+        path = self.run_dir / "rollouts" / f"{name}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_predictions(path, evaluate(graphdef, state, self.task, self.chat, self.tools, self.config, self.mesh, name))
+        return summarise(read_predictions(path))
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

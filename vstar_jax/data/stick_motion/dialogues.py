@@ -4,7 +4,7 @@ Every episode draws a fresh name for each of its K actions from the pool of name
 explanations are the only link from a name to what is seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from vstar_jax.data import annotate
 from vstar_jax.data.stick_motion.motions import Action, actions
 from vstar_jax.data.stick_motion.names import Pool, defined, names
-from vstar_jax.dialogue import Decision, Prompts, ToolResult, second_messages
+from vstar_jax.dialogue import TOOLS, Decision, Prompts, ToolResult, second_messages
 
 CANDIDATES = 3
 HARD_NEGATIVES = 3
@@ -60,31 +60,35 @@ def draw_cast(action: Action, labels: int, pool: Pool, rng: np.random.Generator)
     return Cast(tuple(chosen), tuple(str(rng.choice(names(a, pool))) for a in chosen), chosen.index(action))
 
 
-def decision(cluttered: bool) -> Decision:
-    """What is worth asking: the pose where clutter hides the figure, and always what the names mean."""
-    return Decision(pose_estimation=cluttered, noun_explanation=True)
+def decision(cluttered: bool, offered: Sequence[str] = tuple(TOOLS)) -> Decision:
+    """What is worth asking of the tools that are offered: the pose where clutter hides the figure, and always what the names
+    mean.
+    """
+    return Decision(pose_estimation=cluttered and "pose_estimation" in offered, noun_explanation="noun_explanation" in offered)
 
 
-def first_reply(cluttered: bool) -> str:
+def first_reply(cluttered: bool, offered: Sequence[str] = tuple(TOOLS)) -> str:
     """Turn 1: a thought about the picture and the decision."""
     thought = "the background is busy so the pose helps" if cluttered else "the background is plain so the pose is clear"
-    return f"<think>{thought}, the names are new</think>{decision(cluttered).tags()}"
+    return f"<think>{thought}, the names are new</think>{decision(cluttered, offered).tags()}"
 
 
-def second_reply(cast: Cast, rng: np.random.Generator, verdicts: bool = True) -> str:
+def second_reply(cast: Cast, rng: np.random.Generator, sub_motions: bool = True) -> str:
     """Turn 2: what is seen, the nearest candidates, a verdict for each of their sub-motions, their scores, the answer.
 
     A definition is always repeated as it was given, name last, and judged after: with verdicts among its moves the name could
     not be copied by what stands before it, and a model of this size did not learn to find it.
 
-    Without `verdicts` the candidates' sub-motions are only repeated (the ablation).
+    Without `sub_motions` candidates are named and one is chosen (the ablation).
     """
     shown, name = cast.actions[cast.shown], cast.names[cast.shown]
     order = sorted(rng.permutation(len(cast.actions)), key=lambda i: (i != cast.shown, -overlap(cast.actions[i], shown)))
     picked = [order[i] for i in rng.permutation(min(CANDIDATES, len(order)))]
+    if not sub_motions:
+        return f"<think>[2] Candidates: {', '.join(cast.names[i] for i in picked)}</think><answer> {name}</answer>"
     observed = " ".join(f"- {m}: {when}" for m, when in zip(shown.sub_motions, STAGES, strict=False))
     definitions = {i: defined(cast.actions[i], cast.names[i]) for i in picked}
-    compared = " ".join(f"- {definitions[i]}: {_compare(cast.actions[i], shown, verdicts)}" for i in picked)
+    compared = " ".join(f"- {definitions[i]}: {_compare(cast.actions[i], shown)}" for i in picked)
     return (
         f"<think>[1] Observed: {observed} [2] Candidates: {', '.join(definitions.values())} [3] Comparison: {compared} "
         f"[4] Decision: 1.0 = {name}</think>"
@@ -92,10 +96,10 @@ def second_reply(cast: Cast, rng: np.random.Generator, verdicts: bool = True) ->
     )
 
 
-def _compare(candidate: Action, shown: Action, verdicts: bool) -> str:
+def _compare(candidate: Action, shown: Action) -> str:
     same = [x == y for x, y in zip(candidate.sub_motions, shown.sub_motions, strict=False)]
     same += [False] * (len(candidate.sub_motions) - len(same))
-    words = [f"{m} {'yes' if s else 'no'}" if verdicts else m for m, s in zip(candidate.sub_motions, same, strict=True)]
+    words = [f"{m} {'yes' if s else 'no'}" for m, s in zip(candidate.sub_motions, same, strict=True)]
     score = sum(same) / max(len(candidate.sub_motions), len(shown.sub_motions))
     return f"{' '.join(words)} score {score:.1f}"
 

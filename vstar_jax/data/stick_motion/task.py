@@ -67,12 +67,13 @@ class StickMotion:
         if clip is None:
             return None
         cast = draw_cast(record.action, self.config.data.labels, "train", rng)
-        result = self._tools(record, clip.frames, cast.explanations, decision(record.cluttered))
+        offered = self.config.tools.offered
+        result = self._tools(record, clip.frames, cast.explanations, decision(record.cluttered, offered))
         messages = [
             *first_messages(self.prompts),
-            assistant(first_reply(record.cluttered)),
+            assistant(first_reply(record.cluttered, offered)),
             *second_messages(self.prompts, result, cast.names),
-            assistant(second_reply(cast, rng)),
+            assistant(second_reply(cast, rng, self.config.data.sub_motions)),
         ]
         shown = [clip.frames] if result.frames is None else [clip.frames, result.frames]
         return self.chat.encode(messages, [self.chat.clip(frames, clip.fps) for frames in shown], target=self.config.sft.target)
