@@ -45,10 +45,10 @@ $(BIN)/python:
 # The stamps save a re-installation as long as neither the dependencies nor their pins have changed.
 $(VENV)/.data: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing what training needs (the first time takes a few minutes)."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,tools,yolo]'
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing what the tests need, torch among it (the first time takes several minutes and 6 GB)."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,tools,yolo,test]'
 	@touch $@ $(VENV)/.data

@@ -12,6 +12,11 @@ import argparse
 from vstar_jax import sharding
 from vstar_jax.errors import run_script
 
+COUNTERFACTUALS = {
+    "off": ["--tools.offered=[]"],
+    **{kind: [f"--tools.counterfactual={kind}"] for kind in ("blank", "shuffled", "other")},
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -21,6 +26,11 @@ def main() -> None:
     parser.add_argument("--dataset", help="stick_motion, hmdb51, ucf101, kinetics400, kinetics600 or ssv2")
     parser.add_argument("--protocol", help="base_to_novel or cross_dataset")
     parser.add_argument("--prompts", help="a file of prompt texts, such as those in configs/prompts")
+    parser.add_argument(
+        "--tools",
+        choices=list(COUNTERFACTUALS),
+        help="counterfactuals: no tools, or tools that return nothing, their results in another order, or another clip's",
+    )
     parser.add_argument("--mesh", help="devices as DATAxMODEL; the run's own when not given")
     parser.add_argument("--out", help="folder for result.json; <checkpoint>/evaluation when not given")
     parser.add_argument(
@@ -33,6 +43,7 @@ def main() -> None:
     for name in ("protocol", "prompts"):
         if value := getattr(arguments, name):
             settings.append(f"--data.{name}={value}")
+    settings += COUNTERFACTUALS.get(arguments.tools, [])
     config = checkpoint.config_of(arguments.checkpoint, arguments.mesh, settings, arguments.dataset)
     simulated = sharding.simulate_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)

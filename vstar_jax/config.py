@@ -213,12 +213,12 @@ class GrpoConfig:
         keep: checkpoints kept.
     """
 
-    steps: int = 0
-    prompts: int = 8
+    steps: int = 40
+    prompts: int = 32
     group: int = 4
     updates: int = 1
-    accumulate: int = 4
-    learning_rate: float = 1e-4
+    accumulate: int = 8
+    learning_rate: float = 2e-4
     warmup: int = 5
     weight_decay: float = 0.01
     max_grad_norm: float = 5.0

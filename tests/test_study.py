@@ -1,0 +1,85 @@
+"""Claims about the study: its rows, what they share, what is run, and the table, from results as runs leave them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vstar_jax.evaluation.published import TABLE_3, TABLE_4
+from vstar_jax.training import study
+from vstar_jax.training.study import FOLDER, ROWS, Row, measured, result_of, row_config, write_report
+
+FULL = ROWS[1]
+
+
+def row(name: str) -> Row:
+    return next(r for r in ROWS if r.name == name)
+
+
+def test_every_file_is_a_row_and_every_row_of_the_papers_tables_but_the_data_assessment_is_there():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {r.name for r in ROWS}
+    published = {r.method for r in (*TABLE_3, *TABLE_4)}
+    told = {r.paper for r in ROWS if r.paper}
+    assert published - told == {"SFT without the data assessment", "RL with groups of 4"}
+    assert told <= published
+    assert row_config(FULL, 0, Path("runs")).grpo.group == 4
+
+
+@pytest.mark.parametrize("r", ROWS, ids=lambda r: r.name)
+def test_a_row_differs_from_the_full_one_and_splits_its_episodes_into_equal_micro_batches(r):
+    config, full = row_config(r, 1, Path("runs")), row_config(FULL, 1, Path("runs"))
+    assert (config == full) == (r is FULL)
+    assert config.run_dir == f"runs/{r.name}/seed1"
+    if config.grpo.steps:
+        assert config.grpo.prompts * config.grpo.group // config.grpo.accumulate == 16
+
+
+def test_rows_that_learn_the_same_by_sft_share_it_and_others_do_not():
+    shared = {r.name: study._learned(row_config(r, 0, Path("runs")), Path("runs")) for r in ROWS if not r.counterfactual}
+    full = shared["full"]
+    same = {name for name, folder in shared.items() if folder == full}
+    assert {"without_rl", "groups_of_2", "groups_of_6", "equal_weights", "without_detection", "without_description"} < same
+    for name in ("without_tools", "without_sub_motions", "without_pose", "without_explanation", "zero_shot"):
+        assert name not in same
+    assert study._learned(row_config(FULL, 1, Path("runs")), Path("runs")) != full
+
+
+def finished(runs: Path, name: str, seed: int, base: float, novel: float) -> None:
+    """Leaves a result as a run does."""
+    summary = {"base_top1": base, "novel_top1": novel}
+    content = (
+        summary if row(name).counterfactual else {"base model": {"base_top1": 0.0, "novel_top1": 0.0}, "after GRPO": summary}
+    )
+    folder = runs / name / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(content))
+
+
+def test_the_table_tells_means_spreads_and_differences_by_seed_and_whether_signs_agree(tmp_path):
+    for seed, novel in enumerate((0.6, 0.7)):
+        finished(tmp_path, "full", seed, 0.8, novel)
+        finished(tmp_path, "without_pose", seed, 0.7, novel - 0.1)
+        finished(tmp_path, "groups_of_6", seed, 0.8, novel - 0.05)
+        finished(tmp_path, "tools_blank", seed, 0.2, 0.1)
+    report = tmp_path / "study.md"
+    report.write_text("before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n")
+    write_report(ROWS, [0, 1, 2], tmp_path, report)
+    text = report.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| SFT and RL with tools | 2 | 80.0 ± 0.0 | 65.0 ± 7.1 |  |  |  |" in text
+    assert "| without pose estimation | 2 | 70.0 ± 0.0 | 55.0 ± 7.1 | -10.0 ± 0.0 | -5.2 | yes |" in text
+    assert "| groups of 6 | 2 | 80.0 ± 0.0 | 60.0 ± 7.1 | -5.0 ± 0.0 | +0.5 | no |" in text
+    assert "| tools return nothing | 2 | 20.0 ± 0.0 | 10.0 ± 0.0 | -55.0 ± 7.1 |  |  |" in text
+    assert "without RL" not in text
+    assert report.with_suffix(".png").stat().st_size > 0
+    assert [m["row"] for m in json.loads((tmp_path / "study.json").read_text())] == [
+        m.row.name for m in measured(ROWS, [0, 1], tmp_path)
+    ]
+
+
+def test_a_run_without_a_result_is_missing_and_the_last_phase_counts(tmp_path):
+    assert result_of(FULL, 0, tmp_path) is None
+    finished(tmp_path, "full", 0, 0.5, 0.25)
+    assert result_of(FULL, 0, tmp_path) == {"base_top1": 0.5, "novel_top1": 0.25}

@@ -1,0 +1,263 @@
+"""The miniature study: the rows of the paper's ablations (Tables 3 and 4) on StickMotion, over several seeds.
+
+Every row is a file of configs/study on top of full.yaml. Rows that learn the same by SFT share it, one tools server serves all,
+and each run is a process of its own whose result stays: a study that was stopped goes on with what is missing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from vstar_jax import config as config_module
+from vstar_jax import settings
+from vstar_jax.config import Config
+from vstar_jax.data.datasets import glossary
+from vstar_jax.data.splits import Spread, spread
+from vstar_jax.data.stick_motion.dialogues import decision
+from vstar_jax.errors import UserError
+from vstar_jax.evaluation.published import TABLE_3, TABLE_4
+from vstar_jax.evaluation.report import write_json
+from vstar_jax.tools.launch import serve
+
+FOLDER = config_module.resolve("configs/study")
+FULL = "full"
+PHASES = ("after GRPO", "after SFT", "base model")
+"""Of a run's result, the last first: what a row is judged by."""
+NOT_SFT = ("run_dir", "grpo.", "reward.", "rollout.", "tools.url", "tools.counterfactual", "tools.failures")
+"""Settings that SFT does not depend on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the study: name, of its file in configs/study; title; paper, the row of Table 3 or 4 that it repeats, if any;
+    counterfactual: the policy of the full row with other tools in evaluation, without training.
+    """
+
+    name: str
+    title: str
+    paper: str = ""
+    counterfactual: bool = False
+
+
+ROWS = (
+    Row("zero_shot", "base model", "Qwen2.5-VL-3B"),
+    Row(FULL, "SFT and RL with tools", "Video-STAR-3B"),
+    Row("without_rl", "without RL", "Video-STAR-3B without RL"),
+    Row("without_sft", "without SFT", "Video-STAR-3B without SFT"),
+    Row("without_tools", "without tools", "Video-STAR-3B without tools"),
+    Row("without_sub_motions", "without sub-motions", "Video-STAR-3B without sub-motions"),
+    Row("accuracy_and_format", "accuracy and format rewards alone", "RL with accuracy and format rewards alone"),
+    Row("without_tool_reward", "without the tool reward", "RL without the tool reward"),
+    Row("without_sub_motion_reward", "without the sub-motion reward", "RL without the sub-motion reward"),
+    Row("groups_of_2", "groups of 2", "RL with groups of 2"),
+    Row("groups_of_6", "groups of 6", "RL with groups of 6"),
+    Row("equal_weights", "equal sub-motion weights", "RL with equal sub-motion weights"),
+    Row("without_detection", "without person detection", "Video-STAR-3B without person detection"),
+    Row("without_pose", "without pose estimation", "Video-STAR-3B without pose estimation"),
+    Row("without_explanation", "without action explanation", "Video-STAR-3B without action explanation"),
+    Row("without_description", "without video description", "Video-STAR-3B without video description"),
+    Row("tools_off", "tools off in evaluation", counterfactual=True),
+    Row("tools_blank", "tools return nothing", counterfactual=True),
+    Row("tools_shuffled", "tools return shuffled results", counterfactual=True),
+    Row("tools_other", "tools return another clip's results", counterfactual=True),
+)
+
+
+def row_config(row: Row, seed: int, runs: Path, flags: Sequence[str] = ()) -> Config:
+    """The configuration of a row's run; flags: settings on top, for all rows alike."""
+    files = [FULL] if row.name == FULL else [FULL, row.name]
+    arguments = [f"--config={FOLDER / name}.yaml" for name in files]
+    return config_module.parse([*arguments, *flags, f"--seed={seed}", f"--run_dir={runs / row.name / f'seed{seed}'}"])
+
+
+def run_study(rows: Sequence[Row], seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path) -> None:
+    """Runs what is missing and writes `report`, Markdown with a plot beside it, after every run.
+
+    runs: the folder of all runs. Raises UserError when a run fails, with the end of what it said.
+    """
+    wanted = [(row, seed) for seed in seeds for row in rows]
+    missing = [(row, seed) for row, seed in wanted if result_of(row, seed, runs) is None]
+    if missing:
+        with serve(glossary(Config()), runs / "tools") as url:
+            for row, seed in (bar := tqdm(missing, desc="study", unit="run")):
+                bar.set_postfix_str(f"{row.title}, seed {seed}")
+                _run(row, seed, runs, [*flags, f"--tools.url={url}"])
+                write_report(rows, seeds, runs, report)
+    write_report(rows, seeds, runs, report)
+
+
+def _run(row: Row, seed: int, runs: Path, flags: Sequence[str]) -> None:
+    config = row_config(row, seed, runs, flags)
+    run_dir = Path(config.run_dir)
+    if row.counterfactual:
+        checkpoint = runs / FULL / f"seed{seed}"
+        if result_of(ROWS[1], seed, runs) is None:
+            _run(ROWS[1], seed, runs, flags)
+        tools = [f"--tools.{f}={json.dumps(getattr(config.tools, f))}" for f in ("offered", "counterfactual")]
+        url = [flag for flag in flags if flag.startswith("--tools.url")]
+        _call(["evaluate.py", f"--checkpoint={checkpoint / 'grpo'}", f"--out={run_dir}", *tools, *url], run_dir)
+        return
+    learned = _learned(config, runs)
+    if config.sft.steps and not (run_dir / "config.yaml").exists():
+        # A row goes on from the SFT that it shares; the copy appears as a whole.
+        if not (learned / "result.json").exists():
+            _train(replace(config, run_dir=str(learned), grpo=replace(config.grpo, steps=0)))
+        partial = run_dir.with_name(run_dir.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for part in ("checkpoints", "rollouts"):
+            shutil.copytree(learned / part, partial / part)
+        shutil.copy(learned / "metrics.jsonl", partial)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os.replace(partial, run_dir)
+    _train(config)
+
+
+def _learned(config: Config, runs: Path) -> Path:
+    """Where the SFT that a configuration asks for is kept."""
+    told = {s.key: s.value for s in settings.settings(config) if not s.key.startswith(NOT_SFT)}
+    told["tools.offered"] = decision(True, config.tools.offered).chosen()  # the dialogues ask for no other tool
+    return runs / "sft" / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _train(config: Config) -> None:
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    given = run_dir / "given.yaml"
+    config_module.save(config, given)
+    _call(["train.py", f"--config={given}"], run_dir)
+
+
+def _call(command: Sequence[str], folder: Path) -> None:
+    """Runs a script of this project; what it prints stands in log.txt of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script, *arguments = command
+    scripts = Path(__file__).resolve().parents[2] / "scripts"
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run([sys.executable, str(scripts / script), *arguments], stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        said = (folder / "log.txt").read_text().strip().splitlines() or ["it said nothing"]
+        raise UserError(f"{script} failed ({said[-1]}): see {folder / 'log.txt'}, then run the study again, it goes on there.")
+
+
+def result_of(row: Row, seed: int, runs: Path) -> dict[str, Any] | None:
+    """The summary of a row's last phase, None when it is not there yet."""
+    path = runs / row.name / f"seed{seed}" / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    return result if row.counterfactual else next(result[phase] for phase in PHASES if phase in result)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row over its seeds: base and novel top-1 in percent, the mean difference of novel top-1 to the full row, seed by seed,
+    and the paper's difference, the mean over its columns, in points; None where there is none.
+    """
+
+    row: Row
+    seeds: int
+    base: Spread
+    novel: Spread
+    difference: Spread | None
+    paper: float | None
+
+
+def measured(rows: Sequence[Row], seeds: Sequence[int], runs: Path) -> list[Measured]:
+    """The rows that have a result for some seed."""
+    found: list[Measured] = []
+    full = {seed: result_of(ROWS[1], seed, runs) for seed in seeds}
+    for row in rows:
+        results = {seed: r for seed in seeds if (r := result_of(row, seed, runs)) is not None}
+        if not results:
+            continue
+        pairs = [(r["novel_top1"], f["novel_top1"]) for seed, r in results.items() if (f := full[seed]) is not None]
+        base, novel = (spread([100 * r[f"{group}_top1"] for r in results.values()]) for group in ("base", "novel"))
+        difference = spread([100 * (a - b) for a, b in pairs]) if pairs and row.name != FULL else None
+        found.append(Measured(row, len(results), base, novel, difference, _published(row)))
+    return found
+
+
+def _published(row: Row) -> float | None:
+    rows = {r.method: fmean(s.mean for s in r.results.values()) for r in (*TABLE_3, *TABLE_4)}
+    return rows[row.paper] - rows[ROWS[1].paper] if row.paper and row.name != FULL else None
+
+
+def write_report(rows: Sequence[Row], seeds: Sequence[int], runs: Path, report: Path) -> None:
+    """Writes the table as Markdown between the marks of `report`, as JSON beside the runs, and draws the plot."""
+    found = measured(rows, seeds, runs)
+    if not found:
+        return
+    write_json(runs / "study.json", [_as_json(m) for m in found])
+    marks = "<!-- study -->", "<!-- end of study -->"
+    text = report.read_text() if report.exists() else f"# The study\n\n{marks[0]}\n{marks[1]}\n"
+    before, _, rest = text.partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    table = "\n".join(_lines(found))
+    report.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}")
+    _draw(found, report.with_suffix(".png"))
+
+
+def _as_json(m: Measured) -> Mapping[str, Any]:
+    def told(s: Spread | None) -> Mapping[str, float | None] | None:
+        return None if s is None else {"mean": s.mean, "std": s.std}
+
+    return {
+        "row": m.row.name,
+        "seeds": m.seeds,
+        "base_top1": told(m.base),
+        "novel_top1": told(m.novel),
+        "difference": told(m.difference),
+        "paper_difference": m.paper,
+    }
+
+
+def _lines(found: Sequence[Measured]) -> Iterator[str]:
+    yield "| row | seeds | base top-1 | novel top-1 | novel, difference to the full row | the paper's difference | same sign |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    for m in found:
+        difference = "" if m.difference is None else _signed(m.difference)
+        paper = "" if m.paper is None else f"{m.paper:+.1f}"
+        same = "" if m.paper is None or m.difference is None else "yes" if m.paper * m.difference.mean > 0 else "no"
+        cells = (m.row.title, str(m.seeds), m.base.text(1), m.novel.text(1), difference, paper, same)
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _signed(value: Spread) -> str:
+    return f"{value.mean:+.1f}" + ("" if value.std is None else f" ± {value.std:.1f}")
+
+
+def _draw(found: Sequence[Measured], path: Path) -> None:
+    """Base and novel top-1 of every row, with the standard deviation over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.36 * len(found) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    places = list(range(len(found)))[::-1]
+    for name, shift, colour in (("base", 0.14, "tab:blue"), ("novel", -0.14, "tab:orange")):
+        values = [getattr(m, name) for m in found]
+        panel.errorbar(
+            [v.mean for v in values],
+            [p + shift for p in places],
+            xerr=[v.std or 0.0 for v in values],
+            fmt="o",
+            color=colour,
+            label=f"{name} actions",
+            capsize=2,
+        )
+    panel.set_yticks(places, [m.row.title for m in found])
+    panel.axvline(100 / Config().data.labels, color="grey", linestyle=":", label="chance")
+    panel.set_xlim(-2, 102)
+    panel.set_xlabel("top-1 on held-out clips, %; mean and standard deviation over seeds")
+    panel.grid(axis="x", alpha=0.3)
+    panel.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
