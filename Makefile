@@ -6,16 +6,20 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: help train test lint clean
+.PHONY: help train tools test lint clean
 
 help:
 	@echo "make train [ARGS='--sft.steps=50']  set up from nothing, then train on StickMotion on one device"
+	@echo "make tools [ARGS='--port=9000']     set up from nothing, then serve the tools on 127.0.0.1:8765"
 	@echo "make test                           set up from nothing, then format, lint, types and all tests"
 	@echo "make lint                           format, lint and types alone"
 	@echo "make clean                          remove the virtual environment and all caches; data/ and runs/ stay"
 
-train: $(VENV)/.data
+train: $(VENV)/.train
 	$(BIN)/python scripts/train.py --mesh=1x1 $(ARGS)
+
+tools: $(VENV)/.train
+	$(BIN)/python -m tools_server $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile
@@ -43,12 +47,12 @@ $(BIN)/python:
 	exit 1
 
 # The stamps save a re-installation as long as neither the dependencies nor their pins have changed.
-$(VENV)/.data: $(BIN)/python pyproject.toml constraints.txt
-	@echo "Installing what training needs (the first time takes a few minutes)."
+$(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing what training and its tools need, torch among it (the first time takes several minutes and 6 GB)."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,tools,yolo]'
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
-	@echo "Installing what the tests need, torch among it (the first time takes several minutes and 6 GB)."
+	@echo "Installing what the tests need (the first time takes several minutes and 6 GB)."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,tools,yolo,test]'
-	@touch $@ $(VENV)/.data
+	@touch $@ $(VENV)/.train

@@ -184,7 +184,7 @@ def world(folder: Path) -> Config:
         data=DataConfig(labels=len(NAMES), tokens=(32, 48, 96), patches=(32,), threads=1),
         sft=SftConfig(steps=0),
         grpo=GrpoConfig(steps=6, prompts=8, group=2, accumulate=2, learning_rate=1e-3, warmup=1, save_every=2, temperature=1.0),
-        rollout=RolloutConfig(mode="segmented", max_new_tokens=10, turn_tokens=80),
+        rollout=RolloutConfig(mode="segmented", max_new_tokens=(10,), turn_tokens=80),
         tools=ToolsConfig("annotations"),
     )
 

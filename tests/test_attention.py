@@ -7,7 +7,7 @@ import pytest
 
 from vstar_jax import sharding
 from vstar_jax.batch import Groups, group
-from vstar_jax.models.attention import SPLASH_BLOCK, attention
+from vstar_jax.models.attention import SPLASH_BLOCK, attention, attention_cached
 from vstar_jax.models.vision import attend_in_groups
 
 TOLERANCE = 1e-5  # float32 against float64
@@ -41,7 +41,6 @@ MASKS = {
     "nothing hidden": ({}, np.ones(1, bool)),
     "causal": ({"causal": True}, CAUSAL),
     "packed": ({"causal": True, "segments": SEGMENTS}, CAUSAL & SAME),
-    "cache": ({"q_slots": SLOTS}, np.arange(T) <= SLOTS[:, None, :, None]),
     "valid keys": ({"valid": VALID}, VALID[:, None, None, :]),
 }
 
@@ -62,11 +61,12 @@ def test_bfloat16_comes_out_as_it_went_in_and_near_the_formula():
     np.testing.assert_allclose(out.astype(jnp.float32), formula(q, k, v, CAUSAL & SAME), rtol=0, atol=BF16_TOLERANCE)
 
 
-def test_one_query_reads_a_longer_cache():
-    q, k, v = arrays((B, 1, N, D), (B, 9, K, D), (B, 9, K, D))
-    slots = np.asarray([[4], [8]], np.int32)
+@pytest.mark.parametrize("slots", [np.asarray([[4], [8]], np.int32), SLOTS], ids=["one query", "several"])
+def test_queries_of_a_cache_see_the_keys_up_to_their_own_slots(slots):
+    q, k, v = arrays((B, slots.shape[1], N, D), (B, 9, K, D), (B, 9, K, D))
     expected = formula(q, k, v, np.arange(9) <= slots[:, None, :, None])
-    np.testing.assert_allclose(attention(q, k, v, q_slots=slots), expected, rtol=0, atol=TOLERANCE)
+    found = attention_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), slots)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
 def gradients(groups: Groups, q, k, v, weight) -> list[np.ndarray]:

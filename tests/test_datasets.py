@@ -88,9 +88,9 @@ def config(prepared: Path) -> Config:
         ),
         sft=SftConfig(steps=1, batch_size=2, save_every=1),
         grpo=GrpoConfig(steps=0),
-        rollout=RolloutConfig(turn_tokens=512),
+        rollout=RolloutConfig(max_new_tokens=(4,), turn_tokens=512),
         tools=ToolsConfig("annotations"),
-        evaluation=EvaluationConfig(batch_size=2, clips_per_action=0, max_new_tokens=4),
+        evaluation=EvaluationConfig(batch_size=2, clips_per_action=0),
     )
 
 
@@ -160,7 +160,7 @@ def test_what_leaks_is_refused_before_any_work_and_allowed_on_request_which_the_
     assert not Path(leaking.run_dir).exists()
     settings = [f"--data.dir={config.data.dir}", "--data.tokens=512,1024", "--video.min_pixels=3136", "--video.max_pixels=3136"]
     settings += ["--rollout.turn_tokens=512", "--tools.source=annotations", "--data.train=rl"]
-    settings += ["--evaluation.clips_per_action=1", "--evaluation.max_new_tokens=2", "--data.threads=1"]
+    settings += ["--evaluation.clips_per_action=1", "--rollout.max_new_tokens=2", "--data.threads=1"]
     with pytest.raises(UserError, match=SENTENCE):
         measure(POLICY, config_of(POLICY, None, settings, "hmdb51"), mesh("1x1"), str(prepared / "out"))
     assert not (prepared / "out").exists()
@@ -231,7 +231,7 @@ def start(config: Config, out: Path) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "scripts/evaluate.py"), "--checkpoint", config.run_dir, "--out", str(out)]
     environment = {**os.environ, "XLA_FLAGS": ""}
     flags = ["--dataset", "hmdb51", "--protocol", "base_to_novel", "--prompts", config.data.prompts]
-    flags += ["--evaluation.batch_size=1", "--evaluation.max_new_tokens=32"]
+    flags += ["--evaluation.batch_size=1", "--rollout.max_new_tokens=32"]
     return subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
 
 

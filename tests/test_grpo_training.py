@@ -40,7 +40,7 @@ from vstar_jax.training.state import create_state
 
 LOG_PROB = 1e-4  # float32: the sampler's cache and the trainer's whole sequence sum in another order (DESIGN, law 5)
 MESH_LOSS = 1e-4  # float32 sums in another order; the update divides them by the root of their squares
-DEADLINE, SLACK = 1.0, 2.0  # seconds; slack is for eight simulated devices that encode their rows on a busy machine
+DEADLINE, SLACK = 2.0, 2.0  # seconds; slack is for eight simulated devices that encode their rows on a busy machine
 DARK = "d" * 64
 PROGRAM = Path(__file__).with_name("grpo_program.py")
 PATIENCE = 240.0  # seconds
@@ -383,7 +383,7 @@ def test_a_job_measures_every_phase_and_resumes_in_the_one_in_which_it_was_left(
         run_dir=str(tmp_path),
         sft=SftConfig(steps=2, batch_size=8),
         grpo=replace(base.grpo, steps=2, save_every=1),
-        evaluation=EvaluationConfig(batch_size=2, max_new_tokens=base.rollout.max_new_tokens),
+        evaluation=EvaluationConfig(batch_size=2),
     )
     result = job.run(config, mesh("1x1"))
     assert list(result)[-3:] == ["base model", "after SFT", "after GRPO"]

@@ -76,7 +76,7 @@ def roll(model, examples, mesh, mode, *, turns=2, members=MEMBERS, temperature=1
     batch = collate([[e] for e in examples], (32,), (32,))
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(state, mesh))
-        sampling = Sampling(LIMIT, temperature, turns=turns)
+        sampling = Sampling((LIMIT,), temperature, turns=turns)
         rollout = Rollout(graphdef, host, TURN, np.zeros(0, np.int32), sampling, mesh, mode, history)
         replies = rollout(state, put_batch(batch, mesh), starts, episode_keys(3, numbers, members), episodes)
         return jax.device_get(replies), host
@@ -152,7 +152,7 @@ def test_a_shared_prompt_is_as_good_as_a_copy_in_each_row(model, prompts):
         model, collate([[e] for e in prompts], (32,), (32,)), KVCache.empty(model.text.cfg, 8, 32, model.text.dtype)
     )
     cache = prefix.shared(MEMBERS, LIMIT)
-    assert cache.keys.shape[2] == LIMIT
+    assert cache.keys.shape[3] == LIMIT
     assert cache.prefix is prefix
     shared, _ = decode(model, jnp.repeat(logits, MEMBERS, 0), jnp.repeat(starts, MEMBERS), cache, keys, none, **options)
     np.testing.assert_array_equal(shared.tokens, copied.tokens)
@@ -167,7 +167,7 @@ def test_an_episode_that_is_over_writes_nothing_more(model, prompts, mesh):
 
     graphdef, state = nnx.split(model)
     with jax.set_mesh(mesh("1x1")):
-        rollout = Rollout(graphdef, Halting(), TURN, np.zeros(0, np.int32), Sampling(LIMIT, 1.0), mesh("1x1"), "callback")
+        rollout = Rollout(graphdef, Halting(), TURN, np.zeros(0, np.int32), Sampling((LIMIT,), 1.0), mesh("1x1"), "callback")
         batch = put_batch(collate([[e] for e in prompts], (32,), (32,)), mesh("1x1"))
         starts = np.asarray([e.positions.max() + 1 for e in prompts], np.int32)
         first, second = jax.device_get(

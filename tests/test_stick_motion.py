@@ -20,7 +20,7 @@ from vstar_jax.training.pretrain import words
 
 PROMPTS = Prompts.load(Path(__file__).resolve().parents[1] / "configs/prompts/stick_motion.yaml")
 DIALOGUE_TOKENS = 384  # both turns with eight labels and two clips: one of the buckets of configs
-REPLY_TOKENS = 120  # turn 2, far below evaluation.max_new_tokens
+REPLY_TOKENS = 120  # turn 2, below the second of rollout.max_new_tokens
 VISUAL_TOKENS = 32  # a clip of 16 frames of 56 x 56
 VOCABULARY = 640  # rows of the embedding, which the tiny model pays for at every token
 CODING_ERROR = 8.0  # mean grey levels: H.264 at crf 18 halves the resolution of colours

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 from vstar_jax import config as config_module
-from vstar_jax.config import Config, DataConfig, EvaluationConfig, GrpoConfig, PolicyConfig, SftConfig, ToolsConfig
+from vstar_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    GrpoConfig,
+    PolicyConfig,
+    RolloutConfig,
+    SftConfig,
+    ToolsConfig,
+)
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.datasets import make_task
 from vstar_jax.data.pipeline import train_batches
@@ -44,7 +53,8 @@ def base(tmp_path_factory) -> Config:
         sft=SftConfig(steps=6, batch_size=8, save_every=2, warmup=2),
         grpo=GrpoConfig(steps=0),
         tools=ToolsConfig("annotations"),
-        evaluation=EvaluationConfig(batch_size=16, clips_per_action=1, max_new_tokens=4),
+        rollout=RolloutConfig(max_new_tokens=(4,)),
+        evaluation=EvaluationConfig(batch_size=16, clips_per_action=1),
     )
 
 

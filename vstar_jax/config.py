@@ -245,7 +245,7 @@ class RolloutConfig:
         history: a turn goes on after what was before it, or starts anew with the annotated clip in the place of the raw one, as
             the released checkpoints were trained.
         turns: replies of an episode at most; from the second on it is over with an answer.
-        max_new_tokens: most tokens a reply may have in reinforcement learning.
+        max_new_tokens: most tokens of the replies in their order; the last holds for all later ones.
         turn_tokens: tokens that a later turn's input is padded to.
         deadline: seconds that the tools of a turn may take.
     """
@@ -253,7 +253,7 @@ class RolloutConfig:
     mode: Literal["callback", "segmented"] = "callback"
     history: Literal["append", "replace"] = "append"
     turns: int = 2
-    max_new_tokens: int = 128
+    max_new_tokens: tuple[int, ...] = (48, 128)
     turn_tokens: int = 192
     deadline: float = 10.0
 
@@ -285,13 +285,11 @@ class EvaluationConfig:
     Args:
         batch_size: episodes at a time, over all devices.
         clips_per_action: held-out clips of each action that are evaluated; 0 takes all.
-        max_new_tokens: most tokens a reply may have in evaluation.
         temperature: 0 decodes greedily.
     """
 
     batch_size: int = 32
     clips_per_action: int = 2
-    max_new_tokens: int = 160
     temperature: float = 0.0
 
 
@@ -433,11 +431,9 @@ POSITIVE = (
     "grpo.chunk",
     "grpo.save_every",
     "grpo.keep",
-    "rollout.max_new_tokens",
     "rollout.turn_tokens",
     "rollout.deadline",
     "evaluation.batch_size",
-    "evaluation.max_new_tokens",
 )
 
 
@@ -454,6 +450,11 @@ def check(config: Config) -> None:
         buckets = values[key]
         if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
             raise UserError(f"{key} is {list(buckets)}, but must be positive and ascending, such as [256, 512].")
+    if not config.rollout.max_new_tokens or min(config.rollout.max_new_tokens) < 1:
+        limits = list(config.rollout.max_new_tokens)
+        raise UserError(
+            f"rollout.max_new_tokens is {limits}, but must be positive, one number for each reply, such as [48, 128]."
+        )
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.mesh):
         raise UserError(f"mesh is {config.mesh!r}, but must be DATAxMODEL with two positive numbers, such as 8x1 or 4x2.")
     if config.video.min_pixels > config.video.max_pixels:

@@ -108,7 +108,6 @@ UNRELATED = (
     "reward.",
     "grpo.",
     "rollout.mode",
-    "rollout.max_new_tokens",
     "rollout.deadline",
     "tools.url",
     "tools.failures",

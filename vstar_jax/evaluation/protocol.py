@@ -43,9 +43,8 @@ def evaluate(
     when a group has no clip, a prompt does not fit, or most of a batch's tool calls failed, for that measures no policy; what
     was played before stays in the journal.
     """
-    settings, turns = config.evaluation, config.rollout.turns
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, turns=turns)
-    player = Player(graphdef, chat, task.prompts, tools, config, mesh, sampling, settings.batch_size)
+    sampling = Sampling(config.rollout.max_new_tokens, config.evaluation.temperature, turns=config.rollout.turns)
+    player = Player(graphdef, chat, task.prompts, tools, config, mesh, sampling, config.evaluation.batch_size)
     records = [(group, record) for group in task.groups for record in task.test_records(group)]
     for group in task.groups:
         if not any(g == group for g, _ in records):

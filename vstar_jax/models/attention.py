@@ -23,7 +23,6 @@ def attention(
     v: jax.Array,
     *,
     causal: bool = False,
-    q_slots: Array | None = None,
     segments: Array | None = None,
     valid: Array | None = None,
 ) -> jax.Array:
@@ -32,7 +31,6 @@ def attention(
     Args:
         q: [B, S, N, d]; k, v: [B, T, K, d] with N a multiple of K.
         causal: query i sees keys up to i (S equals T).
-        q_slots: int32 [B, S]; query i sees keys up to slot q_slots[i] of a cache of T slots.
         segments: int32 [B, S]; query and key must be of the same segment (S equals T). Padding is segment 0 and sees itself,
             so no row of scores is empty.
         valid: bool [B, T]; the keys that exist. Every row needs at least one.
@@ -42,11 +40,25 @@ def attention(
     platform = sharding.platform()
     if platform == "tpu" and causal and q.shape[1] % SPLASH_BLOCK == 0 and q.shape[-1] % 128 == 0:
         return _splash(q, k, v, segments)
-    flash = platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[1] > 1
-    if flash:
-        mask = _mask(q_slots, segments, valid, k.shape[1])
+    mask = _mask(segments, valid)
+    if _flash(q):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
-    return _plain(q, k, v, _mask(q_slots, segments, valid, k.shape[1]), causal)
+    return _plain(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal)
+
+
+def attention_cached(q: jax.Array, k: jax.Array, v: jax.Array, q_slots: Array) -> jax.Array:
+    """`attention` over a cache: k, v [B, K, T, d]; query i sees keys up to slot q_slots[i] of the T, int32 [B, S]."""
+    mask = jnp.arange(k.shape[2]) <= q_slots[:, None, :, None]
+    if _flash(q):
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return _plain(q, k, v, mask, False)
+
+
+def _flash(q: jax.Array) -> bool:
+    """Whether cuDNN has a kernel for it; a single query reads memory and computes little, which XLA does as well."""
+    on_gpu = sharding.platform() in ("gpu", "cuda")
+    return on_gpu and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[1] > 1
 
 
 def attention_after(
@@ -55,18 +67,16 @@ def attention_after(
     """`attention` over a prefix that G rows share and the slots of each row's own cache, as one softmax.
 
     Args:
-        prefix: keys and values [B / G, T0, K, d], and int32 [B / G], how many of the T0 slots are filled. Rows of a group
+        prefix: keys and values [B / G, K, T0, d], and int32 [B / G], how many of the T0 slots are filled. Rows of a group
             stand side by side, so that row b has the prefix b // G, which is read once for all of them and never copied.
-        q: [B, S, N, d]; k, v: [B, T, K, d]; q_slots int32 [B, S], the own slots that a query sees.
+        q: [B, S, N, d]; k, v: [B, K, T, d]; q_slots int32 [B, S], the own slots that a query sees.
 
     Returns [B, S, N, d] in the type of q.
     """
     prefix_k, prefix_v, filled = prefix
     rows, length, heads, dim = q.shape
-    groups, shared, kv_heads = prefix_k.shape[:3]
+    groups, kv_heads, shared = prefix_k.shape[:3]
     members, repeats = rows // groups, heads // kv_heads
-    own_k, own_v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    prefix_k, prefix_v = prefix_k.swapaxes(1, 2), prefix_v.swapaxes(1, 2)
     queries = (q * dim**-0.5).reshape(rows, length, kv_heads, repeats, dim).transpose(0, 2, 3, 1, 4)
     by_row = queries.reshape(rows, kv_heads, repeats * length, dim)
     by_group = queries.reshape(groups, members, kv_heads, -1, dim).swapaxes(1, 2).reshape(groups, kv_heads, -1, dim)
@@ -74,8 +84,8 @@ def attention_after(
     ahead = jnp.einsum("bkqd,bktd->bkqt", by_group, prefix_k, preferred_element_type=jnp.float32)
     ahead = jnp.where((jnp.arange(shared) < filled[:, None])[:, None, None], ahead, HIDDEN)
     ahead = ahead.reshape(groups, kv_heads, members, -1, shared).swapaxes(1, 2).reshape(rows, kv_heads, -1, shared)
-    own = jnp.einsum("bkqd,bktd->bkqt", by_row, own_k, preferred_element_type=jnp.float32)
-    seen = jnp.tile(jnp.arange(k.shape[1]) <= q_slots[:, :, None], (1, repeats, 1))[:, None]
+    own = jnp.einsum("bkqd,bktd->bkqt", by_row, k, preferred_element_type=jnp.float32)
+    seen = jnp.tile(jnp.arange(k.shape[2]) <= q_slots[:, :, None], (1, repeats, 1))[:, None]
     own = jnp.where(seen, own, HIDDEN)
 
     top = jnp.maximum(ahead.max(-1, keepdims=True), own.max(-1, keepdims=True))
@@ -84,19 +94,18 @@ def attention_after(
     ahead, own = (ahead / total).astype(v.dtype), (own / total).astype(v.dtype)
     by_group = ahead.reshape(groups, members, kv_heads, -1, shared).swapaxes(1, 2).reshape(groups, kv_heads, -1, shared)
     out = (by_group @ prefix_v).reshape(groups, kv_heads, members, -1, dim).swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)
-    out += own @ own_v
+    out += own @ v
     return out.reshape(rows, kv_heads, repeats, length, dim).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
 
 
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array:
-    """The formula for XLA, with heads ahead of the sequence so that every product is a plain batched matrix product.
+    """The formula for XLA, k and v [B, K, T, d] with heads ahead so that every product is a plain batched matrix product.
 
     XLA skips no hidden key: under a causal mask the queries go in blocks, each with the keys up to its own end.
     """
     rows, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = k.shape[1]
     q = (q * dim**-0.5).reshape(rows, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     mask = None if mask is None else jnp.broadcast_to(mask, (rows, 1, length, k.shape[2]))
 
     def block(start: int, end: int, keys: int) -> jax.Array:
@@ -119,11 +128,9 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, cau
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
 
 
-def _mask(q_slots, segments, valid, keys: int) -> jax.Array | None:
+def _mask(segments, valid) -> jax.Array | None:
     """bool [B, 1, S or 1, T], true where a query sees a key; None when nothing is hidden."""
     masks = []
-    if q_slots is not None:
-        masks.append(jnp.arange(keys) <= q_slots[:, None, :, None])
     if segments is not None:
         masks.append((segments[:, :, None] == segments[:, None, :])[:, None])
     if valid is not None:

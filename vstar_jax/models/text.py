@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,42 +10,52 @@ from flax import nnx
 
 from vstar_jax.batch import Array
 from vstar_jax.models import rope
-from vstar_jax.models.attention import attention, attention_after
+from vstar_jax.models.attention import attention, attention_after, attention_cached
 from vstar_jax.models.config import TextArchitecture
-from vstar_jax.models.layers import Linear, RMSNorm, SwiGLU, parameter, scan_layers
+from vstar_jax.models.layers import Linear, RMSNorm, SwiGLU, each_layer, parameter, scan_layers
 from vstar_jax.sharding import constrain
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths", "prefix"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values [L, B, T, K, d]; lengths int32 [B], the slots of each row that are filled.
+    """keys, values [L, B, K, T, d], or an array for each layer; lengths int32 [B], the slots of each row that are filled.
 
     prefix: the cache of B / G prompts, of which row b continues number b // G, or None when rows stand for themselves.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any
     lengths: jax.Array
     prefix: "KVCache | None" = None
 
     @classmethod
     def empty(cls, cfg: TextArchitecture, rows: int, slots: int, dtype: jnp.dtype) -> "KVCache":
         """A cache of `slots` tokens for each of `rows` sequences."""
-        shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim)
-        zeros = constrain(jnp.zeros(shape, dtype), None, "batch", None, "kv_heads", None)
+        shape = (cfg.layers, rows, cfg.kv_heads, slots, cfg.head_dim)
+        zeros = constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None)
         return cls(zeros, zeros, jnp.zeros(rows, jnp.int32))
 
     def grown(self, slots: int) -> "KVCache":
         """The same cache with room for `slots` more tokens in each row."""
-        widths = ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))
+        widths = ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))
         return replace(self, keys=jnp.pad(self.keys, widths), values=jnp.pad(self.values, widths))
+
+    def by_layer(self) -> "KVCache":
+        """The same cache with an array for each layer: a step then reads it where it lies, and the layers are unrolled."""
+        prefix = self.prefix and self.prefix.by_layer()
+        return KVCache(tuple(self.keys), tuple(self.values), self.lengths, prefix)
+
+    def stacked(self) -> "KVCache":
+        """The same cache with all layers in one array, over which `scan` runs."""
+        prefix = self.prefix and self.prefix.stacked()
+        return KVCache(jnp.stack(self.keys), jnp.stack(self.values), self.lengths, prefix)
 
     def shared(self, members: int, slots: int) -> "KVCache":
         """An empty cache of `slots` tokens for each of `members` rows that continue each of this cache's rows."""
-        layers, rows, _, kv_heads, dim = self.keys.shape
-        zeros = jnp.zeros((layers, rows * members, slots, kv_heads, dim), self.keys.dtype)
-        zeros = constrain(zeros, None, "batch", None, "kv_heads", None)
+        layers, rows, kv_heads, _, dim = self.keys.shape
+        zeros = jnp.zeros((layers, rows * members, kv_heads, slots, dim), self.keys.dtype)
+        zeros = constrain(zeros, None, "batch", "kv_heads", None, None)
         return KVCache(zeros, zeros, jnp.zeros(rows * members, jnp.int32), self)
 
 
@@ -124,21 +135,34 @@ class TextModel(nnx.Module):
         rows = jnp.arange(x.shape[0])[:, None]
         prefix = cache.prefix
 
-        def body(layer: DecoderLayer, carry, index):
-            x, keys, values = carry
+        def append(layer: DecoderLayer, x, keys, values, at, ahead):
+            """One layer; at: the index of the layer in keys and values, () where they are its own."""
             q, k, v = layer.project(x, cos, sin)
-            keys = keys.at[index, rows, slots].set(k.astype(keys.dtype), mode="drop")
-            values = values.at[index, rows, slots].set(v.astype(values.dtype), mode="drop")
-            own = keys[index].astype(q.dtype), values[index].astype(q.dtype)
-            if prefix is None:
-                out = attention(q, *own, q_slots=slots)
-            else:
-                ahead = prefix.keys[index].astype(q.dtype), prefix.values[index].astype(q.dtype), prefix.lengths
-                out = attention_after(ahead, q, *own, slots)
+            keys = keys.at[(*at, rows, slice(None), slots)].set(k.astype(keys.dtype), mode="drop")
+            values = values.at[(*at, rows, slice(None), slots)].set(v.astype(values.dtype), mode="drop")
+            own = keys[at].astype(q.dtype), values[at].astype(q.dtype)
+            out = attention_cached(q, *own, slots) if ahead is None else attention_after(ahead, q, *own, slots)
             return layer.finish(x, out), keys, values
 
-        carry = (x, cache.keys, cache.values)
-        x, keys, values = scan_layers(self.layers, body, carry, "none", jnp.arange(self.cfg.layers))
+        def ahead(index):
+            if prefix is None:
+                return None
+            return prefix.keys[index].astype(x.dtype), prefix.values[index].astype(x.dtype), prefix.lengths
+
+        if isinstance(cache.keys, tuple):
+            grown = []
+            for index, layer in enumerate(each_layer(self.layers, self.cfg.layers)):
+                x, *own = append(layer, x, cache.keys[index], cache.values[index], (), ahead(index))
+                grown.append(own)
+            keys, values = (tuple(arrays) for arrays in zip(*grown, strict=True))
+        else:
+
+            def body(layer: DecoderLayer, carry, index):
+                x, keys, values = carry
+                return append(layer, x, keys, values, (index,), ahead(index))
+
+            carry = (x, cache.keys, cache.values)
+            x, keys, values = scan_layers(self.layers, body, carry, "none", jnp.arange(self.cfg.layers))
         return self.norm(x), KVCache(keys, values, cache.lengths + added, prefix)
 
     def _angles(self, positions: Array) -> tuple[jax.Array, jax.Array]:

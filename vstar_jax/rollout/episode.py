@@ -39,12 +39,23 @@ episodes and turn, for the shards of a mesh at once, and in any order.
 
 @dataclass(frozen=True)
 class Sampling:
-    """limit: most tokens of a reply; temperature: 0 is greedy; top_p: see `sampler.decode`; turns: replies of an episode."""
+    """limits: most tokens of each reply, the last for all later ones; temperature: 0 is greedy; top_p: see `sampler.decode`;
+    turns: replies of an episode.
+    """
 
-    limit: int
+    limits: tuple[int, ...]
     temperature: float
     top_p: float = 1.0
     turns: int = 2
+
+    def limit(self, turn: int) -> int:
+        """Most tokens of reply `turn`, counted from 0."""
+        return self.limits[min(turn, len(self.limits) - 1)]
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens that the policy writes in an episode."""
+        return sum(self.limit(turn) for turn in range(self.turns))
 
 
 class Rollout:
@@ -81,21 +92,22 @@ class Rollout:
             cache = KVCache.empty(model.text.cfg, rows, length, model.text.dtype)
             return prefill(model, batch, cache, visual)
 
-        def turn(state, batch: Batch, visual, cache: KVCache):
+        def turn(state, batch: Batch, visual, cache: KVCache, number: int):
             model = nnx.merge(graphdef, state)
             rows, length = batch.tokens.shape
             if history == "append":
-                cache = cache.grown(length + sampling.limit)
+                cache = cache.grown(length + sampling.limit(number))
             else:
-                cache = KVCache.empty(model.text.cfg, rows, length + sampling.limit, model.text.dtype)
+                cache = KVCache.empty(model.text.cfg, rows, length + sampling.limit(number), model.text.dtype)
             return prefill(model, batch, cache, visual)
 
         def begun(state, logits, positions, prefix: KVCache, keys):
             members = keys.shape[0] // logits.shape[0]
             logits, positions = (jnp.repeat(x, members, axis=0) for x in (logits, positions))
-            return reply(state, logits, positions, prefix.shared(members, sampling.limit), keys, 0, jnp.ones(len(keys), bool))
+            cache = prefix.shared(members, sampling.limit(0))
+            return reply(state, logits, positions, cache, keys, 0, jnp.ones(len(keys), bool))
 
-        def reply(state, logits, positions, cache, keys, number, active) -> tuple[Completion, jax.Array, KVCache]:
+        def reply(state, logits, positions, cache, keys, number: int, active) -> tuple[Completion, jax.Array, KVCache]:
             completion, cache = decode(
                 nnx.merge(graphdef, state),
                 logits,
@@ -103,7 +115,7 @@ class Rollout:
                 cache,
                 jax.vmap(jax.random.fold_in, (0, None))(keys, number),
                 stops,
-                limit=sampling.limit,
+                limit=sampling.limit(number),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 active=active,
@@ -119,7 +131,7 @@ class Rollout:
             for number in range(1, sampling.turns):
                 given: Turn = do("tools", ask, number, numbers, completion, positions)
                 visual = None if given.batch.vision is None else do("encode", encode, state, given.batch.vision)
-                logits, cache = do("prefill", turn, state, given.batch, visual, cache)
+                logits, cache = do("prefill", turn, state, given.batch, visual, cache, number)
                 completion, positions, cache = do(
                     "decode", reply, state, logits, given.positions, cache, keys, number, given.active
                 )
@@ -138,8 +150,9 @@ class Rollout:
             shapes = turn_shapes(batch, turn_tokens)
             return episodes(do, partial(ask, self._timed, shapes), state, batch, positions, keys, numbers)
 
-        jitted: dict[Callable, Any] = {f: jax.jit(f) for f in (encode, prompts, turn, begun)}
-        jitted[reply] = jax.jit(reply, donate_argnames="cache")
+        jitted: dict[Callable, Any] = {f: jax.jit(f) for f in (encode, prompts, begun)}
+        jitted[turn] = jax.jit(turn, static_argnames="number")
+        jitted[reply] = jax.jit(reply, static_argnames="number", donate_argnames="cache")
 
         def segmented(*arguments):
             def do(phase: str, function: Callable, *arguments):

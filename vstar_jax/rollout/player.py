@@ -98,7 +98,7 @@ class Player:
         for phase, taken in self.rollout.seconds.items():
             self.seconds[phase] += taken
         turns = self.sampling.turns
-        tokens = batch.tokens.shape[1] + turns * self.sampling.limit + (turns - 1) * limits.turn_tokens
+        tokens = batch.tokens.shape[1] + self.sampling.tokens + (turns - 1) * limits.turn_tokens
         self.shape = tokens, turns * layout.patches
         return [self._played(n, prompts[n // self.members], completions) for n in range(len(prompts) * self.members)]
 

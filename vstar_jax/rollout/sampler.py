@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from vstar_jax import sharding
 from vstar_jax.batch import Batch
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.models.text import KVCache
@@ -71,6 +72,9 @@ def decode(
         active: bool [B], the rows that write at all; all when not given.
     """
     rows, row_ids = logits.shape[0], jnp.arange(logits.shape[0])
+    # A scan would copy every layer's cache and weights out of their stacks for each token; on TPU it does not.
+    unrolled = sharding.platform() != "tpu"
+    cache = cache.by_layer() if unrolled else cache
 
     def more(carry):
         at, done = carry[0], carry[1]
@@ -92,7 +96,7 @@ def decode(
     done = jnp.zeros(rows, bool) if active is None else ~active
     start = (jnp.int32(0), done, logits, positions, cache, empty)
     *_, cache, completion = jax.lax.while_loop(more, step, start)
-    return completion, cache
+    return completion, cache.stacked() if unrolled else cache
 
 
 def sample(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:

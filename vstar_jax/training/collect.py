@@ -52,14 +52,19 @@ class Step:
     seconds: Mapping[str, float]
 
 
+def sampling_of(config: Config) -> Sampling:
+    """How a run's episodes are sampled in GRPO."""
+    grpo, rollout = config.grpo, config.rollout
+    return Sampling(rollout.max_new_tokens, grpo.temperature, grpo.top_p, rollout.turns)
+
+
 class Collector:
     """Plays the steps of a run."""
 
     def __init__(self, graphdef: Any, task: Task, chat: Chat, tools: Tools, config: Config, mesh: Mesh):
         self.task, self.config = task, config
-        grpo, rollout = config.grpo, config.rollout
-        sampling = Sampling(rollout.max_new_tokens, grpo.temperature, grpo.top_p, rollout.turns)
-        self.player = Player(graphdef, chat, task.prompts, tools, config, mesh, sampling, grpo.prompts, grpo.group)
+        grpo = config.grpo
+        self.player = Player(graphdef, chat, task.prompts, tools, config, mesh, sampling_of(config), grpo.prompts, grpo.group)
 
     def collect(self, state: Any, step: int) -> Step:
         """The step's episodes, paid; a function of the seed, the step and the policy.

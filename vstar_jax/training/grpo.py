@@ -31,7 +31,7 @@ from vstar_jax.sharding import put_batch
 from vstar_jax.tools.host import Tools, failed_share
 from vstar_jax.tools.protocol import STATUSES
 from vstar_jax.training.checkpoint import Checkpointer
-from vstar_jax.training.collect import Collector, Step, as_record
+from vstar_jax.training.collect import Collector, Step, as_record, sampling_of
 from vstar_jax.training.metrics import MetricsWriter
 from vstar_jax.training.sft import stop_requests
 from vstar_jax.training.state import TrainState, create_state, make_optimizer
@@ -127,7 +127,7 @@ def make_grpo_step(graphdef: Any, optimizer: Any, config: Config, state: TrainSt
 
     The first `used` micro-batches are summed, and the others not even looked at.
     """
-    grpo, limit = config.grpo, config.rollout.turns * config.rollout.max_new_tokens
+    grpo, limit = config.grpo, sampling_of(config).tokens
     packed = config.rollout.history == "replace"  # then a row holds the turns of an episode as sequences of their own
 
     def loss(params: Any, frozen: Any, part: Experience) -> tuple[jax.Array, Totals]:
