@@ -253,6 +253,13 @@ def test_without_sub_motions_candidates_are_named_and_one_is_chosen() -> None:
     assert not reply.comparisons
 
 
+@pytest.mark.parametrize("dialect", ["tags", "hermes"])
+def test_decisions_are_written_in_the_dialect_that_reads_them(dialect) -> None:
+    reply = dialogues.first_reply(True, dialect=dialect)
+    assert parse_decision(reply, dialect) == dialogues.decision(True)
+    assert "<think>" in reply
+
+
 def test_a_tool_that_is_not_offered_is_not_asked_for() -> None:
     assert dialogues.decision(True, ["noun_explanation"]) == Decision(noun_explanation=True)
     assert parse_decision(dialogues.first_reply(True, ["pose_estimation"])) == Decision(pose_estimation=True)

@@ -12,7 +12,7 @@ import numpy as np
 from vstar_jax.data import annotate
 from vstar_jax.data.stick_motion.motions import Action, actions
 from vstar_jax.data.stick_motion.names import Pool, defined, names
-from vstar_jax.dialogue import TOOLS, Decision, Prompts, ToolResult, second_messages
+from vstar_jax.dialogue import TOOLS, Decision, Dialect, Prompts, ToolResult, second_messages
 
 CANDIDATES = 3
 HARD_NEGATIVES = 3
@@ -67,10 +67,10 @@ def decision(cluttered: bool, offered: Sequence[str] = tuple(TOOLS)) -> Decision
     return Decision(pose_estimation=cluttered and "pose_estimation" in offered, noun_explanation="noun_explanation" in offered)
 
 
-def first_reply(cluttered: bool, offered: Sequence[str] = tuple(TOOLS)) -> str:
+def first_reply(cluttered: bool, offered: Sequence[str] = tuple(TOOLS), dialect: Dialect = "tags") -> str:
     """Turn 1: a thought about the picture and the decision."""
     thought = "the background is busy so the pose helps" if cluttered else "the background is plain so the pose is clear"
-    return f"<think>{thought}, the names are new</think>{decision(cluttered, offered).tags()}"
+    return f"<think>{thought}, the names are new</think>{decision(cluttered, offered).tags(dialect)}"
 
 
 def second_reply(cast: Cast, rng: np.random.Generator, sub_motions: bool = True) -> str:

@@ -67,12 +67,12 @@ class StickMotion:
         if clip is None:
             return None
         cast = draw_cast(record.action, self.config.data.labels, "train", rng)
-        offered = self.config.tools.offered
+        offered, dialect = self.config.tools.offered, self.config.data.dialect
         result = self._tools(record, clip.frames, cast.explanations, decision(record.cluttered, offered))
         messages = [
-            *first_messages(self.prompts),
-            assistant(first_reply(record.cluttered, offered)),
-            *second_messages(self.prompts, result, cast.names),
+            *first_messages(self.prompts, dialect),
+            assistant(first_reply(record.cluttered, offered, dialect)),
+            *second_messages(self.prompts, result, cast.names, dialect),
             assistant(second_reply(cast, rng, self.config.data.sub_motions)),
         ]
         shown = [clip.frames] if result.frames is None else [clip.frames, result.frames]
