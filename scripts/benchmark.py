@@ -1,35 +1,160 @@
-"""Measures how fast this project is on this machine, alone or in turns with Hugging Face's implementation in PyTorch."""
+"""Measures how fast this project is on this machine, alone or in turns with another implementation of the same work."""
 
 import argparse
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vstar_jax.errors import UserError, run_script
 
+if TYPE_CHECKING:
+    from vstar_jax.tools.client import ToolsClient
+
+RIVALS = {"sft": ("hf",), "rollout": ("hf",), "grpo": ("trl",), "tools": ("ultralytics",)}
+"""Measurement -> the implementations that it can be compared with."""
+NEEDED = {
+    "hf": ("torch", "pip install -e '.[test]'"),
+    "trl": ("trl", "pip install trl"),
+    "ultralytics": ("ultralytics", "pip install -e '.[tools,yolo]'"),
+}
+"""Rival -> the module that it needs, and how to get it."""
+REPEATS = 7
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", default="sft", help="what is measured: sft, the step of supervised fine-tuning")
-    parser.add_argument("--against", default=None, help="hf compares with Hugging Face on the CPU, on the same weights")
-    parser.add_argument("--model", default="small", help="tiny, small, medium, 3b or 7b, with random weights")
-    parser.add_argument("--batch-size", type=int, default=8, help="dialogues of 384 tokens and two clips in a step")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each implementation")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the result, as JSON and Markdown")
-    arguments = parser.parse_args()
-    if arguments.what != "sft":
-        raise UserError(f"there is no benchmark {arguments.what!r}: sft is the one that exists.")
-    if arguments.against not in (None, "hf"):
-        raise UserError(f"there is no comparison with {arguments.against!r}: give hf, or leave --against out.")
+    arguments = _arguments()
+    what, against = arguments.what, arguments.against
+    if what not in RIVALS:
+        raise UserError(f"there is no benchmark {what!r}: choose one of {', '.join(RIVALS)}.")
+    if against is not None and against not in RIVALS[what]:
+        raise UserError(
+            f"there is no comparison of {what} with {against!r}: give {' or '.join(RIVALS[what])}, or leave --against out."
+        )
+    if against is not None and importlib.util.find_spec(NEEDED[against][0]) is None:
+        module, command = NEEDED[against]
+        raise UserError(f"--against={against} needs {module}, which is not installed: {command}, or leave --against out.")
 
-    from vstar_jax import benchmark
+    from vstar_jax.benchmark import common
+
+    result, text = MEASURES[what](arguments)
+    print(text)
+    common.write(result, text, arguments.out)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", default="sft", help="what is measured: sft, rollout or grpo (steps of training), or tools")
+    parser.add_argument("--against", default=None, help="hf (sft, rollout), trl (grpo) or ultralytics (tools), on the CPU")
+    parser.add_argument("--model", default="small", help="tiny, small, medium, 3b or 7b, with random weights; not for tools")
+    parser.add_argument("--batch-size", type=_count, default=8, help="sft: dialogues of 384 tokens and two clips in a step")
+    parser.add_argument("--prompts", type=_count, default=8, help="rollout, grpo: prompts")
+    parser.add_argument("--group", type=_count, default=4, help="rollout, grpo: replies to each prompt")
+    parser.add_argument("--tokens", type=_count, default=64, help="rollout, grpo: tokens of each reply")
+    parser.add_argument("--clips", type=_count, default=32, help="tools: clips of 16 frames in a call")
+    parser.add_argument("--calls", type=_count, default=500, help="tools: cached calls whose latency is measured")
+    parser.add_argument("--threads", type=_count, default=8, help="tools: callers at once")
+    parser.add_argument("--no-tools", action="store_true", help="rollout: leave out the part with a tools server")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="timed repeats of each implementation")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the result, as JSON and Markdown")
+    return parser.parse_args()
+
+
+def _count(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _sft(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from vstar_jax.benchmark import sft
 
     rival = None
-    if arguments.against == "hf":
+    if arguments.against:
         import reference_hf
 
         rival = reference_hf.HuggingFace
-    result = benchmark.measure_sft(arguments.model, arguments.batch_size, arguments.repeats, rival)
-    print(benchmark.report(result))
-    benchmark.write(result, arguments.out)
+    result = sft.measure_sft(arguments.model, arguments.batch_size, arguments.repeats, rival)
+    return result, sft.report(result)
+
+
+def _rollout(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from vstar_jax.benchmark import episode, rollout
+
+    rival = None
+    if arguments.against:
+        import reference_hf
+
+        rival = reference_hf.Generation
+    work = rollout.Workload(arguments.prompts, arguments.group, arguments.tokens)
+    result = rollout.measure_rollout(arguments.model, work, arguments.repeats, rival)
+    result["drivers"] = episode.measure_drivers(arguments.model, work, arguments.repeats)
+    result["tools"] = None
+    if not arguments.no_tools:
+        from vstar_jax.data.stick_motion.names import glossary
+
+        with _client(glossary()) as client:
+            result["tools"] = episode.measure_waiting(client, work, arguments.repeats)
+    return result, f"{rollout.report(result)}\n{episode.report(result)}"
+
+
+def _grpo(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from vstar_jax.benchmark import grpo
+    from vstar_jax.benchmark.rollout import Workload
+    from vstar_jax.config import PolicyConfig, resolve
+
+    rival = None
+    if arguments.against:
+        import reference_trl
+
+        rival = reference_trl.Trl
+    work = Workload(arguments.prompts, arguments.group, arguments.tokens)
+    tokenizer = resolve(PolicyConfig().path)
+    result = grpo.measure_grpo(arguments.model, tokenizer, work, arguments.repeats, rival)
+    return result, grpo.report(result)
+
+
+def _tools(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is not a part of the installed package
+    from tools_server.yolo import WEIGHTS
+    from vstar_jax.benchmark import tools
+
+    rival = None
+    if arguments.against:
+        import reference_yolo
+
+        rival = reference_yolo.InProcess(WEIGHTS["pose"])
+    with _client({}) as client:
+        result = tools.measure_tools(
+            client, arguments.repeats, arguments.clips, arguments.calls, arguments.threads, WEIGHTS["pose"].stem, rival
+        )
+    return result, tools.report(result)
+
+
+@contextmanager
+def _client(glossary: Mapping[str, str]) -> Iterator["ToolsClient"]:
+    """A client of a tools server that is started for the measurement, with an empty cache."""
+    from vstar_jax.tools.client import ToolsClient
+    from vstar_jax.tools.launch import serve
+
+    with tempfile.TemporaryDirectory() as folder, serve(glossary, Path(folder)) as url:
+        client = ToolsClient(url)
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] = {
+    "sft": _sft,
+    "rollout": _rollout,
+    "grpo": _grpo,
+    "tools": _tools,
+}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from vstar_jax.batch import collate
 from vstar_jax.config import PolicyConfig
 from vstar_jax.models.qwen2_5_vl import create
 from vstar_jax.models.text import KVCache
-from vstar_jax.rollout.sampler import decode, nucleus, prefill, sample
+from vstar_jax.rollout.sampler import BLOCK, decode, draw, nucleus, prefill, sample
 from vstar_jax.sharding import put_batch, state_shardings
 
 LIMIT = 6
@@ -112,6 +112,22 @@ def test_top_p_keeps_the_smallest_set_of_tokens_that_reaches_it():
     log_probs = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05], [0.05, 0.9, 0.03, 0.02]]))
     kept = np.isfinite(nucleus(log_probs, 0.7))
     np.testing.assert_array_equal(kept, [[True, True, False, False], [False, True, False, False]])
+
+
+@pytest.mark.parametrize("vocab", [1, BLOCK - 1, BLOCK, 3 * BLOCK + 7])
+def test_draws_follow_weights_over_many_blocks_and_take_no_index_of_weight_zero(vocab):
+    draws, rng = 20_000, np.random.default_rng(vocab)
+    weights = rng.random(vocab) ** 4 * (rng.random(vocab) < 0.3)
+    weights[[0, -1]] = 0.0  # the ends, where rounding would go wrong first
+    weights[vocab // 2] = 1.0
+    rows = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), (draws, vocab))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), draws), rows))
+    assert drawn.dtype == np.int32
+    assert (weights[drawn] > 0).all()
+    expected = weights / weights.sum()
+    frequencies = np.bincount(drawn, minlength=vocab) / draws
+    # Five standard errors of a frequency.
+    assert (abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-12).all()
 
 
 def test_sampling_follows_the_distribution():

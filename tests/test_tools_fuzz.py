@@ -1,6 +1,7 @@
 """Fuzzing the tools server from its own schema and by hand, and a soak under mixed load; both run longer when told so.
 
-TOOLS_FUZZ=10000 sends that many requests, TOOLS_SOAK=600 loads the server for that many seconds.
+TOOLS_FUZZ=10000 sends that many mangled requests, and as many from the schema as differ; TOOLS_SOAK=600 loads the server that
+many seconds long (`-s` shows what was measured).
 """
 
 import json
@@ -98,6 +99,7 @@ def test_mangled_bodies_are_never_a_fault_and_memory_stays(server: RunningServer
         assert status < 500, answer
         if number == REQUESTS // 2:
             memory = server.memory()
+    print(f"{len(statuses)} requests; MB held at half-time and at the end: {memory // 2**20}, {server.memory() // 2**20}")
     assert {200, 422} <= set(statuses)
     assert server.memory() < memory * STEADY_SHORT
 
@@ -155,6 +157,7 @@ def test_under_mixed_load_every_answer_is_that_of_its_own_request(server: Runnin
             memory.append(server.memory())
         done = sum(thread.result() for thread in running)
     client.close()
+    print(f"{done} requests in {SECONDS:g} s; MB held: {[n // 2**20 for n in memory]}")
     assert done > SECONDS
     assert memory[-1] <= memory[len(memory) // 2] * (STEADY if SECONDS >= 60 else STEADY_SHORT)
     assert server.metric("tools_waiting_frames") == 0

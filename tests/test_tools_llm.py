@@ -25,13 +25,16 @@ from vstar_jax.tools.client import clip_digest
 from vstar_jax.tools.protocol import Request
 
 KEY = "canary-4f1c9a"
-DEADLINE = 2.0
-LATE = 0.1
-"""Seconds that a call may outlast its deadline."""
+DEADLINE = 8.0
+"""Seconds of a call: all tries and their pauses take 2 on a quiet machine."""
+LATE = 0.5
+"""Seconds that a call may outlast its deadline on a busy machine."""
+SLOW = dict.fromkeys(("a reply that comes in drops", "no reply at all"), 1.0)
+"""Seconds after which a try is given up, for the endpoints that never get there; the others have more, for busy machines."""
 
 
 def proxy(url: str, **settings: Any) -> LlmProxy:
-    return LlmProxy(LlmSettings(base_url=url, **{"attempt_seconds": 0.5, **settings}), KEY)
+    return LlmProxy(LlmSettings(base_url=url, **{"attempt_seconds": 2.0, **settings}), KEY)
 
 
 async def ask(llm: LlmProxy, seconds: float = DEADLINE) -> str:
@@ -107,7 +110,7 @@ FAULTS: dict[str, tuple[Behaviour, str, int]] = {
 def test_a_fault_becomes_its_status_in_time_with_few_tries(fault: str) -> None:
     behave, status, tries = FAULTS[fault]
     with endpoint(behave) as there:
-        assert outcome(proxy(there.url, attempt_seconds=0.2)) == status
+        assert outcome(proxy(there.url, attempt_seconds=SLOW.get(fault, 2.0))) == status
         assert len(there.requests) == tries
 
 
@@ -291,7 +294,7 @@ def test_the_describer_shows_key_frames_and_keeps_three_sentences() -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Endpoint]]:
     with endpoint(says("It moves.")) as there:
-        flags = (f"--llm.base_url={there.url}", "--llm.attempt_seconds=0.5", "--llm.failures=100")
+        flags = (f"--llm.base_url={there.url}", "--llm.attempt_seconds=1", "--llm.failures=100")
         running = RunningServer(tmp_path_factory.mktemp("llm"), *flags, env={"DASHSCOPE_API_KEY": KEY, "OPENAI_LOG": "debug"})
         yield running, there
         running.close()
@@ -323,8 +326,8 @@ def test_faults_of_the_llm_reach_the_policy_as_statuses_and_are_never_kept(serve
         there.behave = behave
         request = Request(episode=name, turn=0, tools=("action_explanation",), labels=(f"never {name}",))
         begin = time.monotonic()
-        (given,) = client.call([request], {}, 2.0)
-        assert time.monotonic() - begin < 2.0 + LATE
+        (given,) = client.call([request], {}, DEADLINE)
+        assert time.monotonic() - begin < DEADLINE + LATE
         assert given.answer.statuses == {"action_explanation": status}, name
         assert given.answer.explanation is None
     there.behave = says("It moves.")

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE = 0.25
 """Seconds before the second try, on average; each later pause is twice as long."""
+LONGEST_PAUSE = 5.0
+"""Seconds of a pause that a call waits out; an endpoint that asks for a longer one is unavailable to it, at once."""
 REPLY_TOKENS = 400
 
 Observer = Callable[[str], None]
@@ -104,7 +106,8 @@ class LlmProxy:
             except _Failed as error:
                 failed = error
             pause = max(FIRST_PAUSE * 2**number, failed.pause) * random.uniform(1.0, 1.5)
-            if not failed.again or number + 1 == self._settings.attempts or now() + pause >= (limit.when() or 0):
+            late = failed.pause > LONGEST_PAUSE or now() + pause >= (limit.when() or 0)
+            if not failed.again or number + 1 == self._settings.attempts or late:
                 break
             await asyncio.sleep(pause)
         raise failed.failure

@@ -169,7 +169,7 @@ def _movements(name: str, values: np.ndarray, threshold: float) -> Iterator[Move
         start, peak, change = strokes.pop(0)
         end = peak
         way, size, times, back = (grows if change > 0 else falls), abs(change), 1, False
-        while strokes and abs(strokes[0][2]) >= RETURN * size and strokes[0][0] - end <= len(values) / (6 if back else 2):
+        while strokes and abs(strokes[0][2]) >= RETURN * size and strokes[0][0] - end <= len(values) / (3 if back else 2):
             _, end, _ = strokes.pop(0)
             back = not back
             times += not back
@@ -217,10 +217,11 @@ def _explains(cause: Movement, effect: Movement) -> bool:
     part, other = cause.what.partition(":")[0], effect.what.partition(":")[0]
     if other in ("left hand", "right hand"):
         return part in (other.replace("hand", "arm"), "hands", "torso", "body")
+    if effect.what == "torso:down":  # a lean also lowers the shoulders, for as long as it is held
+        together = min(cause.peak, effect.peak) - max(cause.start, effect.start)
+        return part == "torso" and effect.size < cause.size and together * 2 >= effect.peak - effect.start
     if (min(cause.end, effect.end) - max(cause.start, effect.start)) * 2 < effect.end - effect.start:
         return False
     if other in ("left arm", "right arm"):
         return part == "hands" and cause.times > 1 and effect.size < CLAPPING_ARM
-    if other == "hands":
-        return effect.times == 1 and part.endswith("arm")
-    return effect.what == "torso:down" and part == "torso" and effect.size < cause.size
+    return other == "hands" and effect.times == 1 and part.endswith("arm")

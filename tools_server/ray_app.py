@@ -32,7 +32,8 @@ def build(arguments: dict[str, str]) -> Any:
     class Tools:
         """A replica."""
 
-    return Tools.bind()
+    deployment: Any = Tools
+    return deployment.bind()
 
 
 def application(flags: list[str]) -> Any:

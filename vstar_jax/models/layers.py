@@ -125,9 +125,3 @@ def scan_layers(layers: nnx.Module, body, carry, remat: str, *per_layer: jax.Arr
     elif remat == "full":
         step = jax.checkpoint(step, prevent_cse=False)
     return jax.lax.scan(step, carry, (stacked, *per_layer))[0]
-
-
-def each_layer(layers: nnx.Module, count: int) -> list[Any]:
-    """The stacked layers one by one, for a loop that is unrolled."""
-    graphdef, stacked = nnx.split(layers)
-    return [nnx.merge(graphdef, jax.tree.map(lambda x: x[index], stacked)) for index in range(count)]  # noqa: B023

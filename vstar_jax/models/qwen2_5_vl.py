@@ -57,14 +57,16 @@ class Qwen25VL(nnx.Module):
         x = self.embed(batch.tokens, batch.visual_index, visual)
         return self.text.extend(x, batch.positions, (batch.segments > 0).sum(axis=1), cache)
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, active: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def decode(
+        self, tokens: jax.Array, positions: jax.Array, active: jax.Array, cache: KVCache, layers: Any = None
+    ) -> tuple[jax.Array, KVCache]:
         """One token a row: tokens and positions int32 [B], active bool [B] (others leave the cache as it was).
 
-        Returns logits float32 [B, V] for the next token and the cache.
+        layers: see `TextModel.extend`. Returns logits float32 [B, V] for the next token and the cache.
         """
         x = self.text.embed(tokens[:, None])
         where = jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3))
-        hidden, cache = self.text.extend(x, where, active.astype(jnp.int32), cache)
+        hidden, cache = self.text.extend(x, where, active.astype(jnp.int32), cache, layers)
         return self.logits(hidden[:, 0]), cache
 
 

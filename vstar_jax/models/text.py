@@ -1,5 +1,6 @@
 """Qwen2.5's decoder: grouped-query attention with M-RoPE and SwiGLU, stacked and scanned (HF Qwen2_5_VLTextModel)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from vstar_jax.batch import Array
 from vstar_jax.models import rope
 from vstar_jax.models.attention import attention, attention_after, attention_cached
 from vstar_jax.models.config import TextArchitecture
-from vstar_jax.models.layers import Linear, RMSNorm, SwiGLU, each_layer, parameter, scan_layers
+from vstar_jax.models.layers import Linear, RMSNorm, SwiGLU, parameter, scan_layers
 from vstar_jax.sharding import constrain
 
 
@@ -124,11 +125,23 @@ class TextModel(nnx.Module):
 
         return self.norm(scan_layers(self.layers, body, x, self.remat))
 
-    def extend(self, x: jax.Array, positions: Array, added: Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def each_layer(self) -> list[DecoderLayer]:
+        """The layers one by one, for `extend` with a cache that has an array for each; of the type that they compute in."""
+        graphdef, stacked = nnx.split(self.layers)
+
+        def taken(index: int) -> DecoderLayer:
+            return nnx.merge(graphdef, jax.tree.map(lambda x: x[index].astype(self.dtype), stacked))
+
+        return [taken(index) for index in range(self.cfg.layers)]
+
+    def extend(
+        self, x: jax.Array, positions: Array, added: Array, cache: KVCache, layers: Sequence[DecoderLayer] | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """Appends tokens to each row's cache at its own cursor: prefill, the next turn's input, or one decoded token.
 
         x [B, S, D]; positions int32 [B, S, 3]; added int32 [B], how many of the S tokens the row really has (padding at the
-        end leaves nothing behind: the next call writes over it). Returns hidden states [B, S, D] and the grown cache.
+        end leaves nothing behind: the next call writes over it); layers: of `each_layer`, when the cache has an array for each.
+        Returns hidden states [B, S, D] and the grown cache.
         """
         cos, sin = self._angles(positions)
         slots = cache.lengths[:, None] + jnp.arange(x.shape[1])
@@ -149,9 +162,9 @@ class TextModel(nnx.Module):
                 return None
             return prefix.keys[index].astype(x.dtype), prefix.values[index].astype(x.dtype), prefix.lengths
 
-        if isinstance(cache.keys, tuple):
+        if layers is not None:
             grown = []
-            for index, layer in enumerate(each_layer(self.layers, self.cfg.layers)):
+            for index, layer in enumerate(layers):
                 x, *own = append(layer, x, cache.keys[index], cache.values[index], (), ahead(index))
                 grown.append(own)
             keys, values = (tuple(arrays) for arrays in zip(*grown, strict=True))

@@ -15,6 +15,11 @@ from vstar_jax.batch import Batch
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.models.text import KVCache
 
+BLOCK = 64
+"""Weights that `draw` sums at a time."""
+BELOW = 1 - 2.0**-22
+"""Keeps a point under the sum of the weights, so that no index of weight 0 is drawn."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tokens", "lengths", "log_probs"], meta_fields=[])
 @dataclass(frozen=True)
@@ -72,9 +77,9 @@ def decode(
         active: bool [B], the rows that write at all; all when not given.
     """
     rows, row_ids = logits.shape[0], jnp.arange(logits.shape[0])
-    # A scan would copy every layer's cache and weights out of their stacks for each token; on TPU it does not.
+    # A scan would copy every layer's cache and weights out of their stacks for each token, but on TPU: they are taken out once.
     unrolled = sharding.platform() != "tpu"
-    cache = cache.by_layer() if unrolled else cache
+    layers, cache = (model.text.each_layer(), cache.by_layer()) if unrolled else (None, cache)
 
     def more(carry):
         at, done = carry[0], carry[1]
@@ -89,7 +94,7 @@ def decode(
             completion.lengths + ~done,
             completion.log_probs.at[row_ids, at].set(log_prob),
         )
-        logits, cache = model.decode(token, positions, ~done, cache)
+        logits, cache = model.decode(token, positions, ~done, cache, layers)
         return at + 1, done | jnp.isin(token, stop_ids), logits, positions + ~done, cache, completion
 
     empty = Completion(jnp.zeros((rows, limit), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, limit), jnp.float32))
@@ -105,8 +110,25 @@ def sample(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float)
     if not temperature:
         token = jnp.argmax(log_probs, axis=-1)
     else:
-        token = jax.vmap(jax.random.categorical)(keys, log_probs if top_p == 1.0 else nucleus(log_probs, top_p))
+        token = draw(keys, jnp.exp(log_probs if top_p == 1.0 else nucleus(log_probs, top_p)))
     return token.astype(jnp.int32), jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+
+
+def draw(keys: jax.Array, weights: jax.Array) -> jax.Array:
+    """Index int32 [B] drawn in proportion to weights float32 [B, V] that are not negative, by a uniform number a row.
+
+    The inverse of the distribution function needs one random number where Gumbel's trick needs V; it sums by blocks, since a
+    running sum over a whole vocabulary is slow, and inexact in float32.
+    """
+    rows, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
+    ends = jnp.cumsum(blocks.sum(-1), axis=-1)
+    point = jnp.minimum(jax.vmap(jax.random.uniform)(keys), BELOW) * ends[:, -1]
+    block = (ends <= point[:, None]).sum(-1)
+    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
+    inner = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], axis=-1)
+    rest = jnp.minimum(point - before, inner[:, -1] * BELOW)
+    return (block * BLOCK + (inner <= rest[:, None]).sum(-1)).astype(jnp.int32)
 
 
 def nucleus(log_probs: jax.Array, top_p: float) -> jax.Array:

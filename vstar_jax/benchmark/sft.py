@@ -4,10 +4,6 @@ A rival gets the same weights (a model directory), the same dialogues and the sa
 agrees with ours before and after the first update, so that both are known to do the same work.
 """
 
-import ctypes
-import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +13,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import trange
 
 from vstar_jax import sharding
 from vstar_jax.batch import MERGE, PATCH_VALUES, Example, collate
+from vstar_jax.benchmark.common import check_repeats, in_turns, machine, number, peak_memory, ratios, spread, table
 from vstar_jax.config import PolicyConfig, SftConfig
 from vstar_jax.data.patches import window_order
 from vstar_jax.data.positions import positions
@@ -32,7 +28,6 @@ from vstar_jax.training.state import create_state, make_optimizer, make_train_st
 
 TOLERANCE = 1e-3  # relative; sums of float32 in another order differ by some 1e-6, another computation by more
 CHECKED_STEPS = 2  # the loss of the second one has gone through gradients, clipping and AdamW
-FEWEST_REPEATS = 5
 SFT = SftConfig(learning_rate=1e-4, warmup=0, steps=1_000_000)  # so long a cosine that the rate is constant
 GRID = (8, 4, 4)  # a clip of 16 frames of 56 x 56; each frame is one window, so that patches keep the reference order
 RUNS = (120, 38, 160)  # tokens of text before, between and after the clips; the last run is learned
@@ -101,8 +96,7 @@ def measure_sft(model: str, batch_size: int, repeats: int, rival: Rival | None =
     model: a preset of `Architecture`, with random weights. Returns what `report` takes. Raises UserError for too few repeats,
     and when the losses of the first steps disagree: then the two do not do the same work and no speed is worth a report.
     """
-    if repeats < FEWEST_REPEATS:
-        raise UserError(f"repeats is {repeats}: a spread needs at least {FEWEST_REPEATS}.")
+    check_repeats(repeats)
     architecture = Architecture.preset(model)
     policy = create(architecture, PolicyConfig(), seed=0)
     size = sum(x.size for x in jax.tree.leaves(nnx.state(policy)))
@@ -118,13 +112,7 @@ def measure_sft(model: str, batch_size: int, repeats: int, rival: Rival | None =
     losses = {c.name: [c.step() for _ in range(CHECKED_STEPS)] for c in contenders}
     difference = check_agreement(losses)
     memory = {c.name: peak_memory(c.step) for c in contenders}
-    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
-    for _ in trange(repeats, desc="repeats", leave=False):
-        for contender in contenders:
-            start = time.perf_counter()
-            contender.step()
-            seconds[contender.name].append(time.perf_counter() - start)
-
+    seconds = in_turns({c.name: c.step for c in contenders}, repeats)
     tokens = batch_size * len(dialogues[0].tokens)
     ours, *others = (seconds[c.name] for c in contenders)
     return {
@@ -134,7 +122,7 @@ def measure_sft(model: str, batch_size: int, repeats: int, rival: Rival | None =
         "dialogues": batch_size,
         "tokens": tokens,
         "patches": batch_size * len(dialogues[0].patches),
-        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} threads, {jax.default_backend()}",
+        "machine": machine(),
         "loss_difference": difference,
         "contenders": {
             c.name: {
@@ -146,7 +134,7 @@ def measure_sft(model: str, batch_size: int, repeats: int, rival: Rival | None =
             }
             for c in contenders
         },
-        "ratios": [b / a for other in others for a, b in zip(ours, other, strict=True)],
+        "ratios": [ratio for theirs in others for ratio in ratios(ours, theirs)],
     }
 
 
@@ -169,22 +157,6 @@ def check_agreement(losses: Mapping[str, Sequence[float]]) -> float:
     return largest
 
 
-def peak_memory(step: Callable[[], Any]) -> float | None:
-    """MiB by which the process's resident memory grows at most during `step`; None where the kernel does not count it."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if jax.default_backend() != "cpu" or not os.access(reset, os.W_OK):
-        return None
-
-    def read(key: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
-
-    ctypes.CDLL(None).malloc_trim(0)  # an allocator that keeps what it freed would hide what the step asks for
-    reset.write_text("5")  # sets the high-water mark back to what is resident now
-    before = read("VmRSS")
-    step()
-    return (read("VmHWM") - before) / 1024
-
-
 def report(result: Mapping[str, Any]) -> str:
     """The result of a measurement as a Markdown table with a sentence on what was measured."""
     contenders = result["contenders"]
@@ -192,35 +164,17 @@ def report(result: Mapping[str, Any]) -> str:
         "seconds a step": [spread(c["seconds"], ".3f") for c in contenders.values()],
         "tokens/s": [f"{c['tokens_per_s']:,.0f}" for c in contenders.values()],
         "compile time, s": [f"{c['compile_seconds']:.1f}" for c in contenders.values()],
-        "peak memory of a step, MiB": [_number(c["peak_memory_mib"], ".0f") for c in contenders.values()],
+        "peak memory of a step, MiB": [number(c["peak_memory_mib"], ".0f") for c in contenders.values()],
         "loss of the first steps": [", ".join(f"{x:.6f}" for x in c["losses"]) for c in contenders.values()],
     }
-    lines = [["", *contenders], ["---"] * (len(contenders) + 1), *([name, *cells] for name, cells in rows.items())]
     text = (
         f"SFT step of {result['model']} ({result['parameters']:,} parameters) in float32 on {result['dialogues']} dialogues, "
         f"{result['tokens']:,} tokens and {result['patches']:,} patches ({result['machine']}); median (min to max) of "
         f"{len(next(iter(contenders.values()))['seconds'])} repeats.\n\n"
     )
-    text += "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    text += table(list(contenders), rows)
     if result["ratios"]:
         ours, theirs = contenders
         text += f"\n{ours} is {spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; "
         text += f"their losses differ by {result['loss_difference']:.1e} (relative).\n"
     return text
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Median (min to max)."""
-    return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
-def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Writes the result as JSON and as Markdown, named after what was measured."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{result['what']}-{result['model']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(report(result))

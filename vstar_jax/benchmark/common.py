@@ -1,0 +1,94 @@
+"""What all measurements share: taking turns, spreads and percentiles, peak memory, and the files of a result."""
+
+import ctypes
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import trange
+
+from vstar_jax.errors import UserError
+
+FEWEST_REPEATS = 5
+MIB = 1 << 20
+
+
+def check_repeats(repeats: int) -> None:
+    """Raises UserError for too few repeats to tell a spread."""
+    if repeats < FEWEST_REPEATS:
+        raise UserError(f"repeats is {repeats}: a spread needs at least {FEWEST_REPEATS}.")
+
+
+def in_turns(parts: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each of `repeats` calls of every part, A B A B ..., so that a slow moment of the machine hits all alike.
+
+    A part must be finished when it returns, and have run before: the first call is counted like any other.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in trange(repeats, desc="repeats", leave=False):
+        for name, part in parts.items():
+            start = time.perf_counter()
+            part()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """How many times as fast ours is, repeat by repeat, from the seconds of both."""
+    return [b / a for a, b in zip(ours, theirs, strict=True)]
+
+
+def peak_memory(step: Callable[[], Any]) -> float | None:
+    """MiB by which the process's resident memory grows at most during `step`; None where the kernel does not count it."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if jax.default_backend() != "cpu" or not os.access(reset, os.W_OK):
+        return None
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    ctypes.CDLL(None).malloc_trim(0)  # an allocator that keeps what it freed would hide what the step asks for
+    reset.write_text("5")  # sets the high-water mark back to what is resident now
+    before = read("VmRSS")
+    step()
+    return (read("VmHWM") - before) / 1024
+
+
+def machine() -> str:
+    """What was measured on, in words: the system, its processor type, the threads this process may use, JAX's backend."""
+    return f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} threads, {jax.default_backend()}"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median (min to max)."""
+    return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def number(value: float | None, form: str) -> str:
+    """The value, or a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}"
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 of `seconds`, in milliseconds."""
+    return {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95, 99)}
+
+
+def table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A Markdown table with a name before each row."""
+    lines = [["", *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write(result: Mapping[str, Any], text: str, folder: Path) -> None:
+    """Writes the result as JSON and `text` as Markdown, named after what was measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{result['what']}-{result['model']}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    stem.with_suffix(".md").write_text(text)
