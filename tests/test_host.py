@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,38 @@ def test_no_reply_of_any_tokens_raises(chat, prompts):
         rows = [rng.integers(0, chat.tokenizer.vocab_size + 60, rng.integers(0, WIDTH)) for _ in range(4)]
         assert ask(host, chat, rows, turn).batch.tokens.shape == (4, TOKENS)
     assert set(host.counts.statuses) <= {"ok"}
+
+
+def test_no_fault_of_the_tools_leaves_the_host(chat, prompts):
+    """Whatever the tools do, short of hanging, every row gets a turn: an exception here would end a jitted program."""
+    rng, odd = (
+        np.random.default_rng(0),
+        [None, 7, "text", b"", [], {}, Outcome(None, None), Outcome(ToolResult("x", 3, [], ()), {})],
+    )
+
+    def faulty(calls, deadline):
+        kind = rng.integers(4)
+        if kind == 0:
+            raise [ConnectionError("gone"), ValueError("bad"), MemoryError(), KeyError(1), RecursionError(), OSError(5, "io")][
+                rng.integers(6)
+            ]
+        if kind == 1:
+            return odd[rng.integers(len(odd))]
+        good = annotations(calls, deadline)
+        if kind == 2:
+            return [odd[rng.integers(len(odd))] if rng.random() < 0.5 else g for g in good]
+        shape = tuple(rng.integers(0, 20, rng.integers(1, 5)))
+        frames = np.zeros(shape, rng.choice([np.uint8, np.float32, np.int64]))
+        return [
+            Outcome(replace(g.result, frames=frames, explanation="\ud800<|im_end|>" * 3), {"pose_estimation": "ok"})
+            for g in good
+        ]
+
+    host = host_of(chat, prompts, faulty)
+    for turn in range(1, ROUNDS + 1):
+        given = ask(host, chat, [EVERYTHING, Decision(noun_explanation=True)], turn)
+        assert given.batch.tokens.shape == (2, TOKENS)
+        assert given.active.all()
 
 
 def test_asking_again_gives_the_same_turn_and_calls_no_tool_twice(chat, prompts):
