@@ -202,9 +202,10 @@ def write_report(rows: Sequence[Row], seeds: Sequence[int], runs: Path, report: 
     text = report.read_text() if report.exists() else f"# The study\n\n{marks[0]}\n{marks[1]}\n"
     before, _, rest = text.partition(marks[0])
     after = rest.partition(marks[1])[2]
-    table = "\n".join(_lines(found))
+    picture = report.with_suffix(".png")
+    table = "\n".join((*_lines(found), "", f"![Base and novel accuracy of every row]({picture.name})"))
     report.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}")
-    _draw(found, report.with_suffix(".png"))
+    _draw(found, picture)
 
 
 def _as_json(m: Measured) -> Mapping[str, Any]:
