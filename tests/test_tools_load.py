@@ -24,7 +24,7 @@ CALLS = 100_000 if FULL else 600
 GROWTH = 1.05 if FULL else 1.5  # a short run is mostly warming up
 WINDOW = 6.0 if FULL else 1.5
 """Seconds of each measurement of throughput."""
-KEPT = 0.9 if FULL else 0.3  # of the peak under overload; on a busy machine the callers starve the server
+KEPT = 0.9 if FULL else 0.1  # of the peak under overload; on a busy machine the callers starve the server
 REJECTED = 0.05 if FULL else 1.0
 """Seconds in which the median refusal comes."""
 READY = 10.0 if FULL else 120.0
