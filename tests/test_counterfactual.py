@@ -61,6 +61,8 @@ def test_shuffled_shows_the_same_frames_and_words_in_another_order_and_no_label_
         lines, before = outcome.result.explanation.splitlines(), EXPLANATION.splitlines()
         assert [line.partition(":")[0] for line in lines] == [line.partition(":")[0] for line in before]
         assert not set(lines) & set(before)
+        names = [line.removeprefix("- ").partition(":")[0] for line in lines]
+        assert all(line.endswith(f"= {name}") and line.count(name) == 2 for line, name in zip(lines, names, strict=True))
         assert sorted(outcome.result.description.split()) == sorted(true.result.description.split())
 
 

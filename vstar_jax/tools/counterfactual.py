@@ -1,5 +1,6 @@
 """Tools whose results are made useless, for the question whether a policy uses what they say or only that they were called."""
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,13 +55,19 @@ def _shuffled(result: ToolResult, rng: np.random.Generator) -> ToolResult:
     if frames is not None:
         frames = frames[rng.permutation(len(frames))]
     if explanation is not None:
-        # A line is "- name: what it means"; the meanings move on by at least one place.
-        parted = [line.partition(": ") for line in explanation.splitlines()]
+        # A line is "- name: what it means"; the meanings move on by at least one place, and call themselves by their new names.
+        parted = [line.removeprefix("- ").partition(": ") for line in explanation.splitlines()]
         moved = np.roll(np.arange(len(parted)), rng.integers(1, max(len(parted), 2)))
-        explanation = "\n".join(name + colon + parted[m][2] for (name, colon, _), m in zip(parted, moved, strict=True))
+        lines = (f"- {parted[n][0]}: {_renamed(parted[m][2], parted[m][0], parted[n][0])}" for n, m in enumerate(moved))
+        explanation = "\n".join(lines)
     if description is not None:
         description = " ".join(rng.permutation(description.split()).tolist())
     return replace(result, frames=frames, explanation=explanation, description=description)
+
+
+def _renamed(text: str, old: str, new: str) -> str:
+    """A text in which a name, where it stands as words of its own, is another."""
+    return re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _: new, text)
 
 
 def _replaces(other: ToolResult, result: ToolResult) -> bool:
