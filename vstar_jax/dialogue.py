@@ -227,16 +227,16 @@ def parse_reply(text: str) -> Reply:
     shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, flags=re.DOTALL | re.IGNORECASE)
     well_formed = shape is not None and not re.search(r"</?(think|answer)>", shape[1] + shape[2], flags=re.IGNORECASE)
     answers = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL | re.IGNORECASE)
-    sections = _sections(re.split("</think>|<answer>", text, maxsplit=1, flags=re.IGNORECASE)[0])
-    candidates = (_plain(item.rpartition("=")[2].partition(":")[0]) for item in _listed(_TITLE.sub("", sections.get(2, ""))))
+    parts = sections(text)
+    candidates = (_plain(item.rpartition("=")[2].partition(":")[0]) for item in _listed(_TITLE.sub("", parts.get(2, ""))))
     scores: dict[str, float] = {}
     comparisons: dict[str, str] = {}
-    for name, rest in _items(sections.get(3, "")):
+    for name, rest in _items(parts.get(3, "")):
         comparisons.setdefault(name, rest.strip())
         if number := re.search(r"[0-9]+(\.[0-9]+)?", rest):
             scores.setdefault(name, float(number[0]))
     return Reply(
-        sub_motions=tuple(dict.fromkeys(name for name, _ in _items(sections.get(1, "")))),
+        sub_motions=tuple(dict.fromkeys(name for name, _ in _items(parts.get(1, "")))),
         candidates=tuple(dict.fromkeys(name for name in candidates if name)),
         scores=scores,
         comparisons=comparisons,
@@ -245,9 +245,10 @@ def parse_reply(text: str) -> Reply:
     )
 
 
-def _sections(text: str) -> dict[int, str]:
-    """Section number -> its text, for headings [1], [2], ...; of sections with one number the first counts."""
-    parts = re.split(r"\[([1-9])\]", text)
+def sections(text: str) -> dict[int, str]:
+    """Section number -> its text in the thoughts of a reply, for headings [1], [2], ...; of one number the first counts."""
+    thoughts = re.split("</think>|<answer>", text, maxsplit=1, flags=re.IGNORECASE)[0]
+    parts = re.split(r"\[([1-9])\]", thoughts)
     found: dict[int, str] = {}
     for number, body in zip(parts[1::2], parts[2::2], strict=True):
         found.setdefault(int(number), body)

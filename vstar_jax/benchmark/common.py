@@ -86,6 +86,26 @@ def table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def contender_rows(contenders: Mapping[str, Mapping[str, Any]], what: str, tokens: str, first: str) -> dict[str, list[str]]:
+    """The rows of a table that every comparison has.
+
+    what: is timed, such as "a step"; tokens: which are counted; first: how the row of the first call is called.
+    """
+    every = list(contenders.values())
+    return {
+        f"seconds {what}": [spread(c["seconds"], ".3f") for c in every],
+        f"{tokens}/s": [f"{c['tokens_per_s']:,.0f}" for c in every],
+        first: [f"{c['compile_seconds']:.1f}" for c in every],
+        f"peak memory of {what}, MiB": [number(c["peak_memory_mib"], ".0f") for c in every],
+    }
+
+
+def by_phase(phases: Mapping[str, Sequence[float]]) -> str:
+    """A sentence on the seconds of each of our phases."""
+    told = ", ".join(f"{phase} {spread(seconds, '.3f')}" for phase, seconds in phases.items())
+    return f"\nOurs by phase, in seconds: {told}.\n"
+
+
 def write(result: Mapping[str, Any], text: str, folder: Path) -> None:
     """Writes the result as JSON and `text` as Markdown, named after what was measured."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,17 @@ from flax import nnx
 
 from vstar_jax import sharding
 from vstar_jax.batch import PATCH_VALUES, Example, collate, joined, sampled
-from vstar_jax.benchmark.common import check_repeats, in_turns, machine, number, peak_memory, ratios, spread, table
+from vstar_jax.benchmark.common import (
+    by_phase,
+    check_repeats,
+    contender_rows,
+    in_turns,
+    machine,
+    peak_memory,
+    ratios,
+    spread,
+    table,
+)
 from vstar_jax.benchmark.rollout import Workload, check_written, no_host
 from vstar_jax.config import Config, GrpoConfig, PolicyConfig, RolloutConfig
 from vstar_jax.dialogue import Decision, parse_reply
@@ -284,20 +294,14 @@ def check_agreement(step: int, norms: Mapping[str, float]) -> float:
 def report(result: Mapping[str, Any]) -> str:
     """The result of a measurement as a Markdown table with a sentence on what was measured."""
     contenders = result["contenders"]
-    rows = {
-        "seconds a step": [spread(c["seconds"], ".3f") for c in contenders.values()],
-        "new tokens/s": [f"{c['tokens_per_s']:,.0f}" for c in contenders.values()],
-        "first step, s": [f"{c['compile_seconds']:.1f}" for c in contenders.values()],
-        "peak memory of a step, MiB": [number(c["peak_memory_mib"], ".0f") for c in contenders.values()],
-    }
+    rows = contender_rows(contenders, "a step", "new tokens", "first step, s")
     text = (
         f"GRPO step on text of {result['model']} ({result['parameters']:,} parameters) in float32: {result['prompts']} prompts "
         f"of {result['prompt_tokens']} tokens, {result['group']} replies of {result['new_tokens']} tokens each, one update "
         f"({result['machine']}); median (min to max) of {len(next(iter(contenders.values()))['seconds'])} repeats.\n\n"
     )
     text += table(list(contenders), rows)
-    text += "\nOurs by phase, in seconds: "
-    text += ", ".join(f"{phase} {spread(seconds, '.3f')}" for phase, seconds in result["phases"].items()) + ".\n"
+    text += by_phase(result["phases"])
     if result["ratios"]:
         ours, theirs = contenders
         text += f"\n{ours} is {spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; the norms of "

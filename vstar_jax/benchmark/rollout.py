@@ -17,7 +17,17 @@ from flax import nnx
 
 from vstar_jax import sharding
 from vstar_jax.batch import MERGE, PATCH_VALUES, Example, Turn, collate
-from vstar_jax.benchmark.common import check_repeats, in_turns, machine, number, peak_memory, ratios, spread, table
+from vstar_jax.benchmark.common import (
+    by_phase,
+    check_repeats,
+    contender_rows,
+    in_turns,
+    machine,
+    peak_memory,
+    ratios,
+    spread,
+    table,
+)
 from vstar_jax.config import PolicyConfig
 from vstar_jax.data.patches import window_order
 from vstar_jax.data.positions import positions
@@ -208,12 +218,7 @@ def check_written(sampled: Mapping[str, np.ndarray], work: Workload) -> None:
 def report(result: Mapping[str, Any]) -> str:
     """The result of a measurement as a Markdown table with a sentence on what was measured."""
     contenders = result["contenders"]
-    rows = {
-        "seconds a rollout": [spread(c["seconds"], ".3f") for c in contenders.values()],
-        "new tokens/s": [f"{c['tokens_per_s']:,.0f}" for c in contenders.values()],
-        "first call, s": [f"{c['compile_seconds']:.1f}" for c in contenders.values()],
-        "peak memory of a rollout, MiB": [number(c["peak_memory_mib"], ".0f") for c in contenders.values()],
-    }
+    rows = contender_rows(contenders, "a rollout", "new tokens", "first call, s")
     text = (
         f"Rollout of {result['model']} ({result['parameters']:,} parameters) in float32: {result['prompts']} prompts of "
         f"{result['prompt_tokens']} tokens with a clip of {result['patches']} patches, {result['group']} replies of "
@@ -221,8 +226,7 @@ def report(result: Mapping[str, Any]) -> str:
         f"({result['machine']}); median (min to max) of {len(next(iter(contenders.values()))['seconds'])} repeats.\n\n"
     )
     text += table(list(contenders), rows)
-    text += "\nOurs by phase, in seconds: "
-    text += ", ".join(f"{phase} {spread(seconds, '.3f')}" for phase, seconds in result["phases"].items()) + ".\n"
+    text += by_phase(result["phases"])
     if result["ratios"]:
         ours, theirs = contenders
         text += f"\n{ours} is {spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; "

@@ -16,7 +16,16 @@ from flax import nnx
 
 from vstar_jax import sharding
 from vstar_jax.batch import MERGE, PATCH_VALUES, Example, collate
-from vstar_jax.benchmark.common import check_repeats, in_turns, machine, number, peak_memory, ratios, spread, table
+from vstar_jax.benchmark.common import (
+    check_repeats,
+    contender_rows,
+    in_turns,
+    machine,
+    peak_memory,
+    ratios,
+    spread,
+    table,
+)
 from vstar_jax.config import PolicyConfig, SftConfig
 from vstar_jax.data.patches import window_order
 from vstar_jax.data.positions import positions
@@ -161,10 +170,7 @@ def report(result: Mapping[str, Any]) -> str:
     """The result of a measurement as a Markdown table with a sentence on what was measured."""
     contenders = result["contenders"]
     rows = {
-        "seconds a step": [spread(c["seconds"], ".3f") for c in contenders.values()],
-        "tokens/s": [f"{c['tokens_per_s']:,.0f}" for c in contenders.values()],
-        "compile time, s": [f"{c['compile_seconds']:.1f}" for c in contenders.values()],
-        "peak memory of a step, MiB": [number(c["peak_memory_mib"], ".0f") for c in contenders.values()],
+        **contender_rows(contenders, "a step", "tokens", "compile time, s"),
         "loss of the first steps": [", ".join(f"{x:.6f}" for x in c["losses"]) for c in contenders.values()],
     }
     text = (

@@ -331,5 +331,10 @@ def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: ja
     """One token int32 [B] from logits float32 [B, V], each row at its own temperature (0: the most likely) and top_p."""
     log_probs = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0)[:, None])
     share: Any = top_p[:, None]
-    kept = jnp.where(share < 1, nucleus(log_probs, share), log_probs)
+
+    def truncated() -> jax.Array:
+        return jnp.where(share < 1, nucleus(log_probs, share), log_probs)
+
+    # Sorting a whole vocabulary for every token is left out when nobody asks for it.
+    kept = jax.lax.cond((top_p < 1).any(), truncated, lambda: log_probs)
     return jnp.where(temperature > 0, draw(keys, jnp.exp(kept)), jnp.argmax(logits, axis=-1)).astype(jnp.int32)

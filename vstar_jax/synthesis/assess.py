@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from vstar_jax.dialogue import Dialect, Reply, parse_decision, parse_reply, same_label
+from vstar_jax.dialogue import Dialect, Reply, parse_decision, parse_reply, same_label, sections
 from vstar_jax.synthesis.records import Item, Judgement
 from vstar_jax.synthesis.replies import CANDIDATES
 
@@ -119,17 +119,17 @@ def candidates(item: Item, reply: Reply, rules: Rules) -> str | None:
 
 def grounded(item: Item, reply: Reply, rules: Rules) -> str | None:
     """The sub-motions that the verdict on the label names were observed."""
-    sections = parted(item.second)
+    parts = sections(item.second)
     known = set(map(_plain, rules.motions))
-    seen = _terms(sections.get(1, ""), known)
+    seen = _terms(parts.get(1, ""), known)
     argued = " ".join(text for name, text in reply.comparisons.items() if same_label(name, item.label))
-    unseen = _terms(f"{argued} {sections.get(4, '')}", known) - seen
+    unseen = _terms(f"{argued} {parts.get(4, '')}", known) - seen
     return f"the verdict names what was not observed: {', '.join(sorted(unseen))}." if unseen else None
 
 
 def silent(item: Item, reply: Reply, rules: Rules) -> str | None:
     """No label is named before the candidates, and no path or file name anywhere."""
-    before = f"{item.first}\n{parted(item.second).get(1, '')}"
+    before = f"{item.first}\n{sections(item.second).get(1, '')}"
     if _holds(before, item.label):
         return "the label is named before the candidates."
     path = PurePosixPath(item.path.replace("\\", "/"))
@@ -186,16 +186,6 @@ def assess_all(items: Sequence[Item], judgements: Mapping[str, Judgement], rules
             verdict = Verdict(item.path, item.label, {"judge": " ".join(said.reasons)})
         verdicts.append(verdict)
     return verdicts
-
-
-def parted(text: str) -> dict[int, str]:
-    """Section number -> its text in a second reply, its thoughts alone."""
-    thoughts = re.split("</think>|<answer>", text, maxsplit=1, flags=re.IGNORECASE)[0]
-    parts = re.split(r"\[([1-9])\]", thoughts)
-    found: dict[int, str] = {}
-    for number, body in zip(parts[1::2], parts[2::2], strict=True):
-        found.setdefault(int(number), body)
-    return found
 
 
 def _terms(text: str, known: Collection[str]) -> set[str]:

@@ -146,7 +146,7 @@ def _drive(
             task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError, RuntimeError):
+            with contextlib.suppress(RuntimeError):  # only the main thread is told of signals
                 loop.add_signal_handler(number, stop, number)
         try:
             bar = tqdm(total=total, initial=total - len(missing), desc=what, unit="clip", dynamic_ncols=True)
