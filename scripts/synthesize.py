@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--style", choices=["json", "dialogue"], default="json", help="what the teacher writes (%(default)s)")
     parser.add_argument("--pictures", choices=["video", "images"], default="video", help="how clips are sent (%(default)s)")
     parser.add_argument("--blind", action="store_true", help="do not tell the teacher the label")
-    parser.add_argument("--prompts", default="configs/prompts/synthesis.yaml", help="file of the teacher's texts (%(default)s)")
+    parser.add_argument("--prompts", default="configs/synthesis/prompts.yaml", help="file of the teacher's texts (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=default.concurrency, help="questions at a time (%(default)s)")
     parser.add_argument("--per-minute", type=float, default=0.0, help="most requests a minute, 0 for no bound (%(default)s)")
     parser.add_argument("--attempts", type=int, default=default.attempts, help="tries of a question (%(default)s)")

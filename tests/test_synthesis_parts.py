@@ -231,9 +231,9 @@ def test_a_released_list_is_read_as_it_is() -> None:
 
 
 def test_prompts_are_checked(tmp_path: Path) -> None:
-    prompts = TeacherPrompts.load(resolve("configs/prompts/synthesis.yaml"))
+    prompts = TeacherPrompts.load(resolve("configs/synthesis/prompts.yaml"))
     assert '{"thought"' in prompts.first.format()
     broken = tmp_path / "prompts.yaml"
-    broken.write_text(Path(resolve("configs/prompts/synthesis.yaml")).read_text().replace("{label}", "{path}"))
+    broken.write_text(Path(resolve("configs/synthesis/prompts.yaml")).read_text().replace("{label}", "{path}"))
     with pytest.raises(UserError, match="placeholders"):
         TeacherPrompts.load(broken)

@@ -45,7 +45,7 @@ class Job:
     judge: EndpointSettings | None = None
     style: Style = field(default_factory=Style)
     limit: int = 0
-    prompts: str = "configs/prompts/synthesis.yaml"
+    prompts: str = "configs/synthesis/prompts.yaml"
 
 
 def run(config: Config, job: Job) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class TeacherPrompts:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
-            raise UserError(f"{path} is no YAML file of prompts: give one like configs/prompts/synthesis.yaml.") from None
+            raise UserError(f"{path} is no YAML file of prompts: give one like configs/synthesis/prompts.yaml.") from None
         if not isinstance(content, dict) or set(content) != {f.name for f in fields(cls)}:
             raise UserError(f"{path} must hold exactly the texts {', '.join(PLACEHOLDERS)}.")
         for name, text in content.items():
