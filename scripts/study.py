@@ -25,11 +25,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of all runs")
     parser.add_argument("--report", type=Path, default=Path("docs/study.md"), help="Markdown file with the table")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, each on its share of the cores (%(default)s)")
     arguments, flags = parser.parse_known_args()
     if unknown := [name for name in arguments.rows if name not in names]:
         raise UserError(f"there is no row {unknown[0]}: choose some of {', '.join(names)}.")
     rows = [row for row in study.ROWS if row.name in arguments.rows]
-    study.run_study(rows, arguments.seeds, arguments.runs, flags, arguments.report)
+    study.run_study(rows, arguments.seeds, arguments.runs, flags, arguments.report, arguments.workers)
     print(f"the table is in {arguments.report}, the plot in {arguments.report.with_suffix('.png')}")
 
 

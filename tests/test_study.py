@@ -16,11 +16,11 @@ def row(name: str) -> Row:
     return next(r for r in ROWS if r.name == name)
 
 
-def test_every_file_is_a_row_and_every_row_of_the_papers_tables_but_the_data_assessment_is_there():
+def test_every_file_is_a_row_and_every_row_of_the_papers_tables_is_there():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == {r.name for r in ROWS}
     published = {r.method for r in (*TABLE_3, *TABLE_4)}
     told = {r.paper for r in ROWS if r.paper}
-    assert published - told == {"SFT without the data assessment", "RL with groups of 4"}
+    assert published - told == {"RL with groups of 4"}
     assert told <= published
     assert row_config(FULL, 0, Path("runs")).grpo.group == 4
 
@@ -39,17 +39,19 @@ def test_rows_that_learn_the_same_by_sft_share_it_and_others_do_not():
     full = shared["full"]
     same = {name for name, folder in shared.items() if folder == full}
     assert {"without_rl", "groups_of_2", "groups_of_6", "equal_weights", "without_detection", "without_description"} < same
-    for name in ("without_tools", "without_sub_motions", "without_pose", "without_explanation", "zero_shot"):
+    for name in ("without_tools", "without_sub_motions", "without_pose", "without_explanation", "assessed", "not_assessed"):
         assert name not in same
     assert study._learned(row_config(FULL, 1, Path("runs")), Path("runs")) != full
 
 
-def finished(runs: Path, name: str, seed: int, base: float, novel: float) -> None:
+def finished(runs: Path, name: str, seed: int, base: float, novel: float, assessment: dict | None = None) -> None:
     """Leaves a result as a run does."""
     summary = {"base_top1": base, "novel_top1": novel}
     content = (
         summary if row(name).counterfactual else {"base model": {"base_top1": 0.0, "novel_top1": 0.0}, "after GRPO": summary}
     )
+    if assessment:
+        content["assessment"] = assessment
     folder = runs / name / f"seed{seed}"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(content))
@@ -61,6 +63,8 @@ def test_the_table_tells_means_spreads_and_differences_by_seed_and_whether_signs
         finished(tmp_path, "without_pose", seed, 0.7, novel - 0.1)
         finished(tmp_path, "groups_of_6", seed, 0.8, novel - 0.05)
         finished(tmp_path, "tools_blank", seed, 0.2, 0.1)
+        finished(tmp_path, "assessed", seed, 0.6, 0.5, {"answer": [9, 10], "order": [0, 10], "none": [1, 80]})
+        finished(tmp_path, "not_assessed", seed, 0.6, 0.4)
     report = tmp_path / "study.md"
     report.write_text("before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n")
     write_report(ROWS, [0, 1, 2], tmp_path, report)
@@ -72,6 +76,10 @@ def test_the_table_tells_means_spreads_and_differences_by_seed_and_whether_signs
     assert "| without pose estimation | 2 | 70.0 ± 0.0 | 55.0 ± 7.1 | -10.0 ± 0.0 | -5.2 | yes |" in text
     assert "| groups of 6 | 2 | 80.0 ± 0.0 | 60.0 ± 7.1 | -5.0 ± 0.0 | +0.5 | no |" in text
     assert "| tools return nothing | 2 | 20.0 ± 0.0 | 10.0 ± 0.0 | -55.0 ± 7.1 |  |  |" in text
+    assert "| faulty dialogues, assessed | 2 | 60.0 ± 0.0 | 50.0 ± 0.0 | -15.0 ± 7.1 |  |  |" in text
+    assert "| faulty dialogues, not assessed | 2 | 60.0 ± 0.0 | 40.0 ± 0.0 | -10.0 ± 0.0 | -2.9 | yes |" in text
+    assert "| order | 20 | 0 |" in text
+    assert "Precision 0.900, recall 0.450." in text
     assert "without RL" not in text
     assert report.with_suffix(".png").stat().st_size > 0
     assert [m["row"] for m in json.loads((tmp_path / "study.json").read_text())] == [

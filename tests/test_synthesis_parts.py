@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vstar_jax.config import resolve
+from vstar_jax.data.assessment import RULES, Item, Rules, assess
 from vstar_jax.data.lists import read_list
 from vstar_jax.data.recorded import read_dialogues
 from vstar_jax.dialogue import Decision, parse_decision, parse_reply, same_label
 from vstar_jax.errors import UserError
 from vstar_jax.synthesis import replies, report
-from vstar_jax.synthesis.assess import RULES, Rules, assess, assess_all
 from vstar_jax.synthesis.build import read_judgement
 from vstar_jax.synthesis.endpoint import ReplyError
 from vstar_jax.synthesis.prompts import TeacherPrompts
-from vstar_jax.synthesis.records import Item, Judgement, Lines, read_released, write_all, write_released
+from vstar_jax.synthesis.records import Judgement, Lines, read_released, write_all, write_released
+from vstar_jax.synthesis.report import assess_all
 
 LABELS = ("brush hair", "pour", "shoot ball, standing", "wave")
 SECOND: dict[str, Any] = {

@@ -86,6 +86,8 @@ class DataConfig:
         difficulty: StickMotion's backgrounds: clean, cluttered, or a mixture.
         clips_per_action: StickMotion's training clips of each base action.
         sub_motions: StickMotion's dialogues decompose the motion and compare candidates by it; else they name and choose.
+        faulty: share of StickMotion's training dialogues that have a fault, as a teacher's have.
+        assess: leave out StickMotion's training dialogues in which the rules of the data assessment find a fault.
         labels: length of the label list in a prompt of StickMotion; recorded datasets offer all their classes.
         tokens: ascending buckets of sequence length.
         patches: ascending buckets of patches a row.
@@ -107,6 +109,8 @@ class DataConfig:
     difficulty: Literal["clean", "mixed", "cluttered"] = "mixed"
     clips_per_action: int = 40
     sub_motions: bool = True
+    faulty: float = 0.0
+    assess: bool = False
     labels: int = 8
     tokens: tuple[int, ...] = (64, 128, 192, 256, 384, 512)
     patches: tuple[int, ...] = (128, 256)
@@ -465,6 +469,14 @@ def check(config: Config) -> None:
         raise UserError(f"video.frames is {config.video.frames}, but must be at least 2: a temporal patch joins two frames.")
     if config.data.labels < 2:
         raise UserError(f"data.labels is {config.data.labels}, but must be at least 2: one label leaves nothing to recognise.")
+    data = config.data
+    if data.faulty > 1:
+        raise UserError(f"data.faulty is {data.faulty}, but must be a share, at most 1.")
+    if (data.faulty or data.assess) and (data.dataset != "stick_motion" or not data.sub_motions or data.labels < 4):
+        raise UserError(
+            "data.faulty and data.assess are of StickMotion's whole dialogues: set data.dataset=stick_motion, "
+            "data.sub_motions=true and data.labels to at least 4, or leave both out."
+        )
     if config.sft.batch_size % config.sft.accumulate:
         raise UserError(f"sft.accumulate is {config.sft.accumulate}, but must divide sft.batch_size ({config.sft.batch_size}).")
     if unknown := [name for name in config.tools.offered if name not in ToolsConfig().offered]:

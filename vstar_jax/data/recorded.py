@@ -133,6 +133,10 @@ class Recorded:
         """What the guard takes for evaluated in a group."""
         return tuple(record.clip() for record in self._lists[self._group_lists[group]])
 
+    def audit(self) -> Mapping[str, tuple[int, int]]:
+        """Nothing: what a teacher got wrong is not known."""
+        return {}
+
     def example(self, record: Record, rng: np.random.Generator) -> Example | None:
         """The clip's training dialogue, with the visual tools called anew; None when the clip or its dialogue is missing.
 

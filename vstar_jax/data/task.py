@@ -1,6 +1,6 @@
 """What a dataset offers to training and evaluation: examples to learn from and episodes to be tried on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +54,12 @@ class Task(Protocol):
 
     def test_clips(self, group: str) -> Sequence[ClipRecord]:
         """All clips that may be evaluated in a group, for the guard; empty where they cannot have been trained on."""
+        ...
+
+    def audit(self) -> Mapping[str, tuple[int, int]]:
+        """Fault, or "none" -> how many training dialogues the data assessment dropped, and how many there were; empty where
+        faults are not known.
+        """
         ...
 
     def example(self, record: Any, rng: np.random.Generator) -> Example | None:

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 
 from vstar_jax.config import Config
+from vstar_jax.data.assessment import Item
 from vstar_jax.data.task import Episode, Task
 from vstar_jax.dialogue import Decision, ToolResult, assistant, first_messages, parse_decision, second_messages
 from vstar_jax.synthesis import replies
 from vstar_jax.synthesis.endpoint import Endpoint
 from vstar_jax.synthesis.prompts import TeacherPrompts
-from vstar_jax.synthesis.records import Item, Judgement
+from vstar_jax.synthesis.records import Judgement
 from vstar_jax.synthesis.replies import ReplyError
 from vstar_jax.synthesis.tools import call_tools
 from vstar_jax.tools.host import Call, Tools

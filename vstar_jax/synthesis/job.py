@@ -8,22 +8,22 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vstar_jax.config import Config, resolve
+from vstar_jax.data.assessment import BODY, Item, Rules, assess
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.datasets import STICK_MOTION, make_task
 from vstar_jax.errors import Interrupted, UserError
 from vstar_jax.synthesis import report
-from vstar_jax.synthesis.assess import BODY, Rules, assess, assess_all
 from vstar_jax.synthesis.build import Style, Teacher, Unreadable
 from vstar_jax.synthesis.endpoint import Endpoint, EndpointError, EndpointSettings, Usage
 from vstar_jax.synthesis.prompts import TeacherPrompts
-from vstar_jax.synthesis.records import Item, Judgement, Lines, same_run, write_all, write_released
+from vstar_jax.synthesis.records import Judgement, Lines, same_run, write_all, write_released
 from vstar_jax.tools.launch import open_tools
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def run(config: Config, job: Job) -> dict[str, Any]:
 
 def finish(out: Path, items: Sequence[Item], judged: Mapping[str, Judgement], rules: Rules) -> dict[str, Any]:
     """Assesses what is there and writes the data set and the report; returns the summary."""
-    verdicts = assess_all(items, judged, rules)
+    verdicts = report.assess_all(items, judged, rules)
     kept = [item for item, verdict in zip(items, verdicts, strict=True) if verdict.kept]
     write_all(out / "kept.jsonl", kept)
     write_released(out / "released.json", kept)
@@ -177,12 +177,12 @@ def _key() -> str:
     return next(filter(None, (os.environ.get(name) for name in KEYS)), "none")
 
 
-def _motions(config: Config) -> frozenset[str]:
+def _motions(config: Config) -> Collection[str]:
     if config.data.dataset != STICK_MOTION:
         return BODY
-    from vstar_jax.data.stick_motion.motions import ACTIONS
+    from vstar_jax.data.stick_motion.motions import SUB_MOTIONS
 
-    return frozenset(str(name) for action in ACTIONS for name in action.sub_motions)
+    return SUB_MOTIONS
 
 
 def _spent(usage: Usage, settings: EndpointSettings) -> dict[str, Any]:

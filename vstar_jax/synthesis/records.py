@@ -12,29 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from vstar_jax.data.assessment import Item
 from vstar_jax.errors import UserError
-
-
-@dataclass(frozen=True)
-class Item:
-    """A dialogue that was made. The first five fields are those of `data.recorded.Dialogue`.
-
-    path: of the clip, as its list spells it; label: what is shown; labels: what could be answered; structure: what the second
-    reply says, for programs that do not know the format; tools: how the calls ended; persons: fewest and most people that the
-    tools saw in a frame, joints: those that they saw of a person, None where none looked.
-    """
-
-    path: str
-    first: str
-    second: str
-    explanation: str = ""
-    description: str = ""
-    label: str = ""
-    labels: tuple[str, ...] = ()
-    structure: Mapping[str, Any] = field(default_factory=dict)
-    tools: Mapping[str, str] = field(default_factory=dict)
-    persons: tuple[int, int] | None = None
-    joints: int | None = None
 
 
 @dataclass(frozen=True)

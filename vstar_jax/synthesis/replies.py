@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from vstar_jax.data.assessment import CANDIDATES
 from vstar_jax.dialogue import Decision, Dialect, parse_decision, parse_reply, same_label
 from vstar_jax.synthesis.endpoint import ReplyError
-
-CANDIDATES = (2, 3)
-"""How many candidates a comparison has, from and to."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vstar_jax.synthesis.assess import RULES, Verdict
+from vstar_jax.data.assessment import RULES, Item, Rules, Verdict, assess
 from vstar_jax.synthesis.records import Judgement
 
 EXAMPLES = 3
 """Dropped dialogues that the table of a reason names."""
+
+
+def assess_all(items: Sequence[Item], judgements: Mapping[str, Judgement], rules: Rules) -> list[Verdict]:
+    """Rules and, where there is one, the judge."""
+    verdicts = []
+    for item in items:
+        verdict = assess(item, rules)
+        said = judgements.get(item.path)
+        if verdict.kept and said and not said.keep:
+            verdict = Verdict(item.path, item.label, {"judge": " ".join(said.reasons)})
+        verdicts.append(verdict)
+    return verdicts
 
 
 def summarise(verdicts: Sequence[Verdict], judgements: Mapping[str, Judgement]) -> dict[str, Any]:

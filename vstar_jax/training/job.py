@@ -63,7 +63,9 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     if config.sft.steps or config.grpo.steps:
         draw_curves(run_dir)
     print_table(rows, title(config))
-    result = {"mesh": config.mesh, "seed": config.seed, "steps": config.sft.steps, "leakage": leakage, **rows}
+    result: dict[str, Any] = {"mesh": config.mesh, "seed": config.seed, "steps": config.sft.steps, "leakage": leakage, **rows}
+    if config.data.assess:
+        result["assessment"] = task.audit()
     write_json(run_dir / "result.json", result)
     return result
 

@@ -10,10 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +28,7 @@ from vstar_jax.config import Config
 from vstar_jax.data.datasets import glossary
 from vstar_jax.data.splits import Spread, spread
 from vstar_jax.data.stick_motion.dialogues import decision
+from vstar_jax.data.stick_motion.faults import CLEAN
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.published import TABLE_3, TABLE_4
 from vstar_jax.evaluation.report import write_json
@@ -31,6 +36,7 @@ from vstar_jax.tools.launch import serve
 
 FOLDER = config_module.resolve("configs/study")
 FULL = "full"
+ASSESSED = "assessed"
 PHASES = ("after GRPO", "after SFT", "base model")
 """Of a run's result, the last first: what a row is judged by."""
 NOT_SFT = ("run_dir", "grpo.", "reward.", "rollout.", "tools.url", "tools.counterfactual", "tools.failures")
@@ -40,13 +46,15 @@ NOT_SFT = ("run_dir", "grpo.", "reward.", "rollout.", "tools.url", "tools.counte
 @dataclass(frozen=True)
 class Row:
     """A row of the study: name, of its file in configs/study; title; paper, the row of Table 3 or 4 that it repeats, if any;
-    counterfactual: the policy of the full row with other tools in evaluation, without training.
+    counterfactual: the policy of the full row with other tools in evaluation, without training; to: name of the row that it
+    is held against, which has all but the one thing.
     """
 
     name: str
     title: str
     paper: str = ""
     counterfactual: bool = False
+    to: str = FULL
 
 
 ROWS = (
@@ -66,6 +74,8 @@ ROWS = (
     Row("without_pose", "without pose estimation", "Video-STAR-3B without pose estimation"),
     Row("without_explanation", "without action explanation", "Video-STAR-3B without action explanation"),
     Row("without_description", "without video description", "Video-STAR-3B without video description"),
+    Row(ASSESSED, "faulty dialogues, assessed"),
+    Row("not_assessed", "faulty dialogues, not assessed", "SFT without the data assessment", to=ASSESSED),
     Row("tools_off", "tools off in evaluation", counterfactual=True),
     Row("tools_blank", "tools return nothing", counterfactual=True),
     Row("tools_shuffled", "tools return shuffled results", counterfactual=True),
@@ -80,46 +90,82 @@ def row_config(row: Row, seed: int, runs: Path, flags: Sequence[str] = ()) -> Co
     return config_module.parse([*arguments, *flags, f"--seed={seed}", f"--run_dir={runs / row.name / f'seed{seed}'}"])
 
 
-def run_study(rows: Sequence[Row], seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path) -> None:
+def run_study(
+    rows: Sequence[Row], seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path, workers: int = 1
+) -> None:
     """Runs what is missing and writes `report`, Markdown with a plot beside it, after every run.
 
-    runs: the folder of all runs. Raises UserError when a run fails, with the end of what it said.
+    runs: the folder of all runs. workers: runs at a time, each on its share of the processor's cores. Raises UserError when a
+    run fails, with the end of what it said.
     """
-    wanted = [(row, seed) for seed in seeds for row in rows]
-    missing = [(row, seed) for row, seed in wanted if result_of(row, seed, runs) is None]
-    if missing:
+    cores = sorted(os.sched_getaffinity(0))
+    if not 0 < workers <= len(cores):
+        raise UserError(f"there cannot be {workers} workers on {len(cores)} cores: choose 1 to {len(cores)}.")
+    missing = {seed: [row for row in rows if result_of(row, seed, runs) is None] for seed in seeds}
+    if any(missing.values()):
+        shares = [set(cores[n::workers]) for n in range(workers)]
+        # A run inherits the cores of the thread that starts it.
+        pool = ThreadPoolExecutor(workers, initializer=lambda: os.sched_setaffinity(0, shares.pop()))
         with serve(glossary(Config()), runs / "tools") as url:
-            for row, seed in (bar := tqdm(missing, desc="study", unit="run")):
-                bar.set_postfix_str(f"{row.title}, seed {seed}")
-                _run(row, seed, runs, [*flags, f"--tools.url={url}"])
-                write_report(rows, seeds, runs, report)
+            study = _Runs(runs, (*flags, f"--tools.url={url}"))
+            try:
+                futures = [pool.submit(job) for seed, wanted in missing.items() for job in study.jobs(wanted, seed)]
+                for future in tqdm(as_completed(futures), desc="study", unit="run", total=len(futures)):
+                    future.result()
+                    write_report(rows, seeds, runs, report)
+            finally:
+                pool.shutdown(cancel_futures=True)
     write_report(rows, seeds, runs, report)
 
 
-def _run(row: Row, seed: int, runs: Path, flags: Sequence[str]) -> None:
-    config = row_config(row, seed, runs, flags)
-    run_dir = Path(config.run_dir)
-    if row.counterfactual:
-        checkpoint = runs / FULL / f"seed{seed}"
-        if result_of(ROWS[1], seed, runs) is None:
-            _run(ROWS[1], seed, runs, flags)
-        tools = [f"--tools.{f}={json.dumps(getattr(config.tools, f))}" for f in ("offered", "counterfactual")]
-        url = [flag for flag in flags if flag.startswith("--tools.url")]
-        _call(["evaluate.py", f"--checkpoint={checkpoint / 'grpo'}", f"--out={run_dir}", *tools, *url], run_dir)
-        return
-    learned = _learned(config, runs)
-    if config.sft.steps and not (run_dir / "config.yaml").exists():
-        # A row goes on from the SFT that it shares; the copy appears as a whole.
-        if not (learned / "result.json").exists():
-            _train(replace(config, run_dir=str(learned), grpo=replace(config.grpo, steps=0)))
-        partial = run_dir.with_name(run_dir.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for part in ("checkpoints", "rollouts"):
-            shutil.copytree(learned / part, partial / part)
-        shutil.copy(learned / "metrics.jsonl", partial)
-        shutil.rmtree(run_dir, ignore_errors=True)
-        os.replace(partial, run_dir)
-    _train(config)
+class _Runs:
+    """What the study runs, each once: a job that needs another's result does it first, or waits while it is done."""
+
+    def __init__(self, runs: Path, flags: Sequence[str]):
+        self.runs, self.flags = runs, flags
+        self.busy: defaultdict[Path, Lock] = defaultdict(Lock)
+
+    def jobs(self, rows: Sequence[Row], seed: int) -> Iterator[Callable[[], None]]:
+        """What `rows` need: first what they share, last what follows from a row, so that workers seldom wait for each other."""
+        ordered = sorted(rows, key=lambda row: row.counterfactual)
+        configs = [self._config(row, seed) for row in ordered if not row.counterfactual]
+        shared = {_learned(config, self.runs): config for config in configs if config.sft.steps}
+        yield from (partial(self._learn, folder, config) for folder, config in shared.items())
+        yield from (partial(self._run, row, seed) for row in ordered)
+
+    def _config(self, row: Row, seed: int) -> Config:
+        return row_config(row, seed, self.runs, self.flags)
+
+    def _learn(self, folder: Path, config: Config) -> None:
+        """SFT as a configuration asks for it."""
+        with self.busy[folder]:
+            if not (folder / "result.json").exists():
+                _train(replace(config, run_dir=str(folder), grpo=replace(config.grpo, steps=0)))
+
+    def _run(self, row: Row, seed: int) -> None:
+        config = self._config(row, seed)
+        run_dir = Path(config.run_dir)
+        with self.busy[run_dir]:
+            if result_of(row, seed, self.runs) is not None:
+                return
+            if row.counterfactual:
+                self._run(ROWS[1], seed)
+                checkpoint = self.runs / FULL / f"seed{seed}" / "grpo"
+                tools = [f"--tools.{f}={json.dumps(getattr(config.tools, f))}" for f in ("offered", "counterfactual", "url")]
+                _call(["evaluate.py", f"--checkpoint={checkpoint}", f"--out={run_dir}", *tools], run_dir)
+                return
+            if config.sft.steps and not (run_dir / "config.yaml").exists():
+                # A row goes on from the SFT that it shares; the copy appears as a whole.
+                learned = _learned(config, self.runs)
+                self._learn(learned, config)
+                partial_copy = run_dir.with_name(run_dir.name + ".partial")
+                shutil.rmtree(partial_copy, ignore_errors=True)
+                for part in ("checkpoints", "rollouts"):
+                    shutil.copytree(learned / part, partial_copy / part)
+                shutil.copy(learned / "metrics.jsonl", partial_copy)
+                shutil.rmtree(run_dir, ignore_errors=True)
+                os.replace(partial_copy, run_dir)
+            _train(config)
 
 
 def _learned(config: Config, runs: Path) -> Path:
@@ -160,8 +206,8 @@ def result_of(row: Row, seed: int, runs: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row over its seeds: base and novel top-1 in percent, the mean difference of novel top-1 to the full row, seed by seed,
-    and the paper's difference, the mean over its columns, in points; None where there is none.
+    """A row over its seeds: base and novel top-1 in percent, the mean difference of novel top-1 to the row that it is held
+    against, seed by seed, and the paper's difference, the mean over its columns, in points; None where there is none.
     """
 
     row: Row
@@ -175,12 +221,13 @@ class Measured:
 def measured(rows: Sequence[Row], seeds: Sequence[int], runs: Path) -> list[Measured]:
     """The rows that have a result for some seed."""
     found: list[Measured] = []
-    full = {seed: result_of(ROWS[1], seed, runs) for seed in seeds}
+    named = {row.name: row for row in ROWS}
     for row in rows:
         results = {seed: r for seed in seeds if (r := result_of(row, seed, runs)) is not None}
         if not results:
             continue
-        pairs = [(r["novel_top1"], f["novel_top1"]) for seed, r in results.items() if (f := full[seed]) is not None]
+        whole = {seed: result_of(named[row.to], seed, runs) for seed in results}
+        pairs = [(r["novel_top1"], w["novel_top1"]) for seed, r in results.items() if (w := whole[seed]) is not None]
         base, novel = (spread([100 * r[f"{group}_top1"] for r in results.values()]) for group in ("base", "novel"))
         difference = spread([100 * (a - b) for a, b in pairs]) if pairs and row.name != FULL else None
         found.append(Measured(row, len(results), base, novel, difference, _published(row)))
@@ -203,7 +250,7 @@ def write_report(rows: Sequence[Row], seeds: Sequence[int], runs: Path, report: 
     before, _, rest = text.partition(marks[0])
     after = rest.partition(marks[1])[2]
     picture = report.with_suffix(".png")
-    table = "\n".join((*_lines(found), "", f"![Base and novel accuracy of every row]({picture.name})"))
+    table = "\n".join((*_lines(found), "", f"![Base and novel accuracy of every row]({picture.name})", *_audited(seeds, runs)))
     report.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}")
     _draw(found, picture)
 
@@ -223,7 +270,7 @@ def _as_json(m: Measured) -> Mapping[str, Any]:
 
 
 def _lines(found: Sequence[Measured]) -> Iterator[str]:
-    yield "| row | seeds | base top-1 | novel top-1 | novel, difference to the full row | the paper's difference | same sign |"
+    yield "| row | seeds | base top-1 | novel top-1 | novel, difference to the whole | the paper's difference | same sign |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
     for m in found:
         difference = "" if m.difference is None else _signed(m.difference)
@@ -231,6 +278,30 @@ def _lines(found: Sequence[Measured]) -> Iterator[str]:
         same = "" if m.paper is None or m.difference is None else "yes" if m.paper * m.difference.mean > 0 else "no"
         cells = (m.row.title, str(m.seeds), m.base.text(1), m.novel.text(1), difference, paper, same)
         yield "| " + " | ".join(cells) + " |"
+
+
+def _audited(seeds: Sequence[int], runs: Path) -> Iterator[str]:
+    """What the assessment made of the faults in the dialogues of its row, over the seeds."""
+    dropped: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for path in (runs / ASSESSED / f"seed{seed}" / "result.json" for seed in seeds):
+        for fault, (some, every) in json.loads(path.read_text())["assessment"].items() if path.exists() else ():
+            dropped[fault] += some
+            total[fault] += every
+    if not total:
+        return
+    faults = [fault for fault in total if fault != CLEAN]
+    found, there = sum(dropped[f] for f in faults), sum(total[f] for f in faults)
+    precision = f"{found / (found + dropped[CLEAN]):.3f}" if found + dropped[CLEAN] else "none dropped"
+    yield from (
+        "",
+        "The assessment of the faulty dialogues, all seeds:",
+        "",
+        "| fault | dialogues | dropped |",
+        "| --- | ---: | ---: |",
+    )
+    yield from (f"| {fault} | {total[fault]} | {dropped[fault]} |" for fault in (*faults, CLEAN))
+    yield from ("", f"Precision {precision}, recall {found / there:.3f}.")
 
 
 def _signed(value: Spread) -> str:

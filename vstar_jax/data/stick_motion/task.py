@@ -8,14 +8,16 @@ import numpy as np
 
 from vstar_jax.batch import Example
 from vstar_jax.config import Config, resolve
+from vstar_jax.data.assessment import Item, Rules, Verdict, assess
 from vstar_jax.data.builders.stick_motion import Record, Records, prepare
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.clips import ClipRecord
-from vstar_jax.data.stick_motion.dialogues import decision, draw_cast, first_reply, second_reply, tool_result
-from vstar_jax.data.stick_motion.motions import explanation
+from vstar_jax.data.stick_motion.dialogues import Cast, draw_cast, first_reply, second_reply, tool_result
+from vstar_jax.data.stick_motion.faults import FAULTS, Draft, audit, fault_of
+from vstar_jax.data.stick_motion.motions import SUB_MOTIONS, explanation
 from vstar_jax.data.task import Episode
 from vstar_jax.data.video import Clip, ReadCounts, VideoError, read
-from vstar_jax.dialogue import Decision, Prompts, ToolResult, assistant, first_messages, second_messages
+from vstar_jax.dialogue import Decision, Prompts, ToolResult, assistant, first_messages, parse_decision, second_messages
 
 log = logging.getLogger(__name__)
 
@@ -62,18 +64,22 @@ class StickMotion:
         return ()
 
     def example(self, record: Record, rng: np.random.Generator) -> Example | None:
-        """A whole dialogue with fresh names from the training pool, or None when the clip cannot be read."""
+        """A whole dialogue with fresh names from the training pool, or None when the assessment drops it or the clip cannot be
+        read.
+        """
+        cast, first, second = self._written(record, rng)
+        if self.config.data.assess and not self._assessed(record, cast, first, second).kept:
+            return None
         clip = self._read(record)
         if clip is None:
             return None
-        cast = draw_cast(record.action, self.config.data.labels, "train", rng)
-        offered, dialect = self.config.tools.offered, self.config.data.dialect
-        result = self._tools(record, clip.frames, cast.explanations, decision(record.cluttered, offered))
+        dialect = self.config.data.dialect
+        result = self._tools(record, clip.frames, cast.explanations, parse_decision(first, dialect))
         messages = [
             *first_messages(self.prompts, dialect),
-            assistant(first_reply(record.cluttered, offered, dialect)),
+            assistant(first),
             *second_messages(self.prompts, result, cast.names, dialect),
-            assistant(second_reply(cast, rng, self.config.data.sub_motions)),
+            assistant(second),
         ]
         shown = [clip.frames] if result.frames is None else [clip.frames, result.frames]
         return self.chat.encode(messages, [self.chat.clip(frames, clip.fps) for frames in shown], target=self.config.sft.target)
@@ -94,6 +100,28 @@ class StickMotion:
             tools=partial(self._tools, record, clip.frames, cast.explanations),
             explanation=explanation(record.action.sub_motions),
         )
+
+    def audit(self) -> dict[str, tuple[int, int]]:
+        """What the assessment makes of the training dialogues, in one pass over them, as `faults.audit` tells it."""
+        rng = np.random.default_rng(self.config.seed)
+        return audit((self._fault(r), self._assessed(r, *self._written(r, rng))) for r in self.train_records())
+
+    def _written(self, record: Record, rng: np.random.Generator) -> tuple[Cast, str, str]:
+        """Who plays in a record's dialogue, and its two replies."""
+        data, offered = self.config.data, self.config.tools.offered
+        cast = draw_cast(record.action, data.labels, "train", rng)
+        first = first_reply(record.cluttered, offered, data.dialect)
+        second = second_reply(cast, rng, data.sub_motions)
+        if fault := self._fault(record):
+            first, second = FAULTS[fault](Draft(first, second, cast, record.cluttered, offered, data.dialect), rng)
+        return cast, first, second
+
+    def _fault(self, record: Record) -> str | None:
+        return fault_of(record.name, self.config.data.faulty, self.config.seed)
+
+    def _assessed(self, record: Record, cast: Cast, first: str, second: str) -> Verdict:
+        item = Item(record.name, first, second, label=cast.names[cast.shown], labels=cast.names)
+        return assess(item, Rules(self.config.data.dialect, SUB_MOTIONS))
 
     def _read(self, record: Record) -> Clip | None:
         frames = self.config.video.frames

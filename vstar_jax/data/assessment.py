@@ -1,17 +1,18 @@
 """Whether a dialogue is fit to learn from, by rules: pure functions of what was written and of what the tools saw.
 
-Each rule gives a sentence on what is wrong, or None.
+Each rule gives a sentence on what is wrong, or None. The paper's data assessment asks a model; synthesis asks both.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 from vstar_jax.dialogue import Dialect, Reply, parse_decision, parse_reply, same_label, sections
-from vstar_jax.synthesis.records import Item, Judgement
-from vstar_jax.synthesis.replies import CANDIDATES
 
+CANDIDATES = (2, 3)
+"""How many candidates a comparison has, from and to."""
 BODY = frozenset(
     (
         "head",
@@ -52,6 +53,28 @@ _PEOPLE = re.compile(_COUNT + r"(?:persons?|people|figures?|men|man|women|woman|
 _JOINTS = re.compile(_COUNT + r"(?:joints?|key ?points?)\b")
 LEAST_ID = 4
 """Letters of the shortest file name that can tell anything: shorter ones stand in ordinary words."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A dialogue that was made. The first five fields are those of `data.recorded.Dialogue`.
+
+    path: of the clip, as its list spells it; label: what is shown; labels: what could be answered; structure: what the second
+    reply says, for programs that do not know the format; tools: how the calls ended; persons: fewest and most people that the
+    tools saw in a frame, joints: those that they saw of a person, None where none looked.
+    """
+
+    path: str
+    first: str
+    second: str
+    explanation: str = ""
+    description: str = ""
+    label: str = ""
+    labels: tuple[str, ...] = ()
+    structure: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    persons: tuple[int, int] | None = None
+    joints: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,18 +197,6 @@ def assess(item: Item, rules: Rules) -> Verdict:
     reply = parse_reply(item.second)
     found = {name: rule(item, reply, rules) for name, rule in RULES.items()}
     return Verdict(item.path, item.label, {name: problem for name, problem in found.items() if problem})
-
-
-def assess_all(items: Sequence[Item], judgements: Mapping[str, Judgement], rules: Rules) -> list[Verdict]:
-    """Rules and, where there is one, the judge."""
-    verdicts = []
-    for item in items:
-        verdict = assess(item, rules)
-        said = judgements.get(item.path)
-        if verdict.kept and said and not said.keep:
-            verdict = Verdict(item.path, item.label, {"judge": " ".join(said.reasons)})
-        verdicts.append(verdict)
-    return verdicts
 
 
 def _terms(text: str, known: Collection[str]) -> set[str]:
