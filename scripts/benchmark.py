@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +15,11 @@ from vstar_jax.errors import UserError, run_script
 if TYPE_CHECKING:
     from vstar_jax.tools.client import ToolsClient
 
-RIVALS = {"sft": ("hf",), "rollout": ("hf",), "grpo": ("trl",), "tools": ("ultralytics",)}
+RIVALS = {"sft": ("hf",), "rollout": ("hf",), "grpo": ("trl",), "tools": ("ultralytics",), "data": ("torch",)}
 """Measurement -> the implementations that it can be compared with."""
 NEEDED = {
     "hf": ("torch", "pip install -e '.[test]'"),
+    "torch": ("torchvision", "pip install -e '.[data,test]'"),
     "trl": ("trl", "pip install trl"),
     "ultralytics": ("ultralytics", "pip install -e '.[tools,yolo]'"),
 }
@@ -47,16 +49,24 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", default="sft", help="what is measured: sft, rollout or grpo (steps of training), or tools")
-    parser.add_argument("--against", default=None, help="hf (sft, rollout), trl (grpo) or ultralytics (tools), on the CPU")
-    parser.add_argument("--model", default="small", help="tiny, small, medium, 3b or 7b, with random weights; not for tools")
-    parser.add_argument("--batch-size", type=_count, default=8, help="sft: dialogues of 384 tokens and two clips in a step")
+    parser.add_argument(
+        "--what", default="sft", help="what is measured: sft, rollout or grpo (steps of training), tools or data"
+    )
+    parser.add_argument(
+        "--against", default=None, help="hf (sft, rollout), trl (grpo), ultralytics (tools) or torch (data), on the CPU"
+    )
+    parser.add_argument(
+        "--model", default="small", help="tiny, small, medium, 3b or 7b, with random weights; not for tools and data"
+    )
+    parser.add_argument("--batch-size", type=_count, help="sft: dialogues of 384 tokens and two clips (8); data: clips (4)")
     parser.add_argument("--prompts", type=_count, default=8, help="rollout, grpo: prompts")
     parser.add_argument("--group", type=_count, default=4, help="rollout, grpo: replies to each prompt")
     parser.add_argument("--tokens", type=_count, default=64, help="rollout, grpo: tokens of each reply")
-    parser.add_argument("--clips", type=_count, default=32, help="tools: clips of 16 frames in a call")
+    parser.add_argument("--clips", type=_count, help="tools: clips of 16 frames in a call (32); data: clips in a turn (64)")
     parser.add_argument("--calls", type=_count, default=500, help="tools: cached calls whose latency is measured")
-    parser.add_argument("--threads", type=_count, default=8, help="tools: callers at once")
+    parser.add_argument("--threads", type=_count, help="tools: callers at once (8); data: threads of ours (as the workers)")
+    parser.add_argument("--workers", type=_count, help="data: processes that decode or load; as many as there are cores")
+    parser.add_argument("--soak", type=_size, default=10_000, help="data: clips that are read in one go at the end; 0 for none")
     parser.add_argument("--no-tools", action="store_true", help="rollout: leave out the part with a tools server")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="timed repeats of each implementation")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the result, as JSON and Markdown")
@@ -70,6 +80,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _size(text: str) -> int:
+    """A whole number, which may be 0."""
+    return 0 if text == "0" else _count(text)
+
+
 def _sft(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from vstar_jax.benchmark import sft
 
@@ -78,7 +93,7 @@ def _sft(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         import reference_hf
 
         rival = reference_hf.HuggingFace
-    result = sft.measure_sft(arguments.model, arguments.batch_size, arguments.repeats, rival)
+    result = sft.measure_sft(arguments.model, arguments.batch_size or 8, arguments.repeats, rival)
     return result, sft.report(result)
 
 
@@ -130,9 +145,29 @@ def _tools(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         rival = reference_yolo.InProcess(WEIGHTS["pose"])
     with _client({}) as client:
         result = tools.measure_tools(
-            client, arguments.repeats, arguments.clips, arguments.calls, arguments.threads, WEIGHTS["pose"].stem, rival
+            client,
+            arguments.repeats,
+            arguments.clips or 32,
+            arguments.calls,
+            arguments.threads or 8,
+            WEIGHTS["pose"].stem,
+            rival,
         )
     return result, tools.report(result)
+
+
+def _data(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from vstar_jax.benchmark import data
+
+    rival = None
+    if arguments.against:
+        import reference_torch
+
+        rival = reference_torch.Torch
+    workers = arguments.workers or len(os.sched_getaffinity(0))
+    work = data.Workload(arguments.clips or 64, arguments.batch_size or 4, workers, arguments.threads or workers)
+    result = data.measure_data(arguments.repeats, work, arguments.soak, rival)
+    return result, data.report(result)
 
 
 @contextmanager
@@ -154,6 +189,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] 
     "rollout": _rollout,
     "grpo": _grpo,
     "tools": _tools,
+    "data": _data,
 }
 
 

@@ -38,6 +38,7 @@ def main() -> None:
     )
     arguments, settings = parser.parse_known_args()
 
+    from vstar_jax import distributed
     from vstar_jax.evaluation import checkpoint
 
     for name in ("protocol", "prompts"):
@@ -45,7 +46,8 @@ def main() -> None:
             settings.append(f"--data.{name}={value}")
     settings += COUNTERFACTUALS.get(arguments.tools, [])
     config = checkpoint.config_of(arguments.checkpoint, arguments.mesh, settings, arguments.dataset)
-    simulated = sharding.simulate_devices(config.mesh)
+    simulated = sharding.simulate_devices(config.mesh, config.distributed.processes)
+    distributed.start(config.distributed)
     mesh = sharding.make_mesh(config.mesh)
     sharding.announce(mesh, simulated)
     checkpoint.measure(arguments.checkpoint, config, mesh, arguments.out, arguments.seeds)

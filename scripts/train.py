@@ -9,10 +9,12 @@ from vstar_jax.errors import run_script
 
 def main() -> None:
     config = parse(sys.argv[1:])
-    simulated = sharding.simulate_devices(config.mesh)
+    simulated = sharding.simulate_devices(config.mesh, config.distributed.processes)
 
+    from vstar_jax import distributed
     from vstar_jax.training.job import run
 
+    distributed.start(config.distributed)
     mesh = sharding.make_mesh(config.mesh)
     sharding.announce(mesh, simulated)
     run(config, mesh)

@@ -247,7 +247,7 @@ def test_a_spread_needs_repeats(tokenizer):
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (["--what=data"], "error: there is no benchmark 'data': choose one of sft, rollout, grpo, tools.\n"),
+        (["--what=disk"], "error: there is no benchmark 'disk': choose one of sft, rollout, grpo, tools, data.\n"),
         (
             ["--what=sft", "--against=tunix"],
             "error: there is no comparison of sft with 'tunix': give hf, or leave --against out.\n",

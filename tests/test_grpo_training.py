@@ -33,7 +33,7 @@ from vstar_jax.tools.protocol import SENTENCES, Refusal
 from vstar_jax.tools.served import ServedTools
 from vstar_jax.training import job
 from vstar_jax.training.collect import Collector, as_record
-from vstar_jax.training.grpo import Learner, experience, make_grpo_optimizer, told
+from vstar_jax.training.grpo import Learner, Summary, experience, make_grpo_optimizer, micro_batches
 from vstar_jax.training.job import load_policy
 from vstar_jax.training.metrics import read_metrics
 from vstar_jax.training.state import create_state
@@ -173,8 +173,9 @@ class World:
 
     def experience(self, step, useful):
         rewards = np.where(useful, np.arange(len(useful)) % 2, 0).astype(np.float32)
-        rows = self.config.grpo.accumulate
-        return experience([p.played for p in step.paid], rewards, useful, step.tokens, step.patches, rows)
+        accumulate = self.config.grpo.accumulate
+        content = experience([p.played for p in step.paid], rewards, useful, step.tokens, step.patches, accumulate)
+        return content, micro_batches(int(useful.sum()), len(useful), accumulate)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_eight_devices_and_the_callback_give_what_one_device_gives(parts, spread
     step = spread.play()
     with jax.set_mesh(spread.mesh):
         copied = jax.tree.map(lambda x: x.copy(), spread.state)
-        found = told(step) | spread.learner.learn(copied, step)[1]
+        found = Summary.of(step, spread.config.grpo.group).metrics() | spread.learner.learn(copied, step)[1]
     expected = read_metrics(reference[0])[0]
     groups = [as_record(step, n, spread.config.grpo.group) for n in range(len(step.episodes))]
     assert json.loads(json.dumps(groups)) == rollouts(reference[0])[0]

@@ -170,8 +170,15 @@ def test_processes_share_the_records_without_overlap_and_draw_alike():
 
 
 def test_processes_agree_on_shapes():
-    batches = train_batches(range(RECORDS), draw, config(tokens=(32, 64), patches=(32, 64)), process_index=1, process_count=2)
-    assert {batch.tokens.shape for batch in take(batches, 5)} == {(2, 64)}
+    def agree(own: Sequence[int]) -> Sequence[int]:
+        return [max(number, other) for number, other in zip(own, (33, 33), strict=False)] if len(own) == 2 else own
+
+    sizes = config(tokens=(32, 64), patches=(32, 64))
+    alone = train_batches(range(RECORDS), draw, sizes, process_index=1, process_count=2)
+    together = train_batches(range(RECORDS), draw, sizes, process_index=1, process_count=2, agree=agree)
+    assert {batch.tokens.shape for batch in take(alone, 5)} == {(2, 32)}
+    assert {batch.tokens.shape for batch in take(together, 5)} == {(2, 64)}
+    assert {batch.vision.patches.shape[1] for batch in take(together, 5)} == {64}
 
 
 def test_records_without_an_example_are_left_out_and_nothing_takes_their_place():

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -265,3 +265,13 @@ def test_dialogues_are_read_and_what_is_none_is_named_by_its_line(tmp_path: Path
     assert read_dialogues(path) == [Dialogue("a.avi", "1", "2")]
     with pytest.raises(UserError, match="there is no file of dialogues"):
         read_dialogues(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_dialogue_keeps_characters_that_end_a_line_elsewhere(tmp_path: Path, end: str) -> None:
+    told = [
+        Dialogue("a.mp4", FIRST, SECOND, description=f"A person greets.{mark}Then none.") for mark in "\u2028\u2029\x85\x0c"
+    ]
+    lines = (json.dumps(asdict(dialogue), ensure_ascii=False) + end for dialogue in told)
+    (tmp_path / "dialogues.jsonl").write_bytes("".join(lines).encode())
+    assert read_dialogues(tmp_path / "dialogues.jsonl") == told

@@ -6,7 +6,7 @@ is computed here or in `data`, on the host, so that the model sees plain arrays 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -143,20 +143,28 @@ def bucket(length: int, sizes: Sequence[int], what: str) -> int:
     )
 
 
-def collate(rows: Sequence[Sequence[Example]], tokens: Sequence[int], patches: Sequence[int]) -> Batch:
+Agree = Callable[[Sequence[int]], Sequence[int]]
+"""The largest of each number over all that collate a part of the same batch; a part that is the whole agrees with itself."""
+
+
+def collate(
+    rows: Sequence[Sequence[Example]], tokens: Sequence[int], patches: Sequence[int], agree: Agree = lambda own: own
+) -> Batch:
     """Lays rows of packed examples out in static shapes (a row of one example is an unpacked one).
 
-    tokens, patches: ascending bucket sizes for S and P; each row gets the smallest bucket that holds the longest row.
+    tokens, patches: ascending bucket sizes for S and P; each row gets the smallest bucket that holds the longest row. agree:
+    makes the shapes those of all processes (`distributed.largest`).
     Raises ValueError when a row is longer than the largest bucket.
     """
-    length = bucket(max(sum(len(e.tokens) for e in row) for row in rows), tokens, "tokens")
+    longest, most = agree([max(sum(len(getattr(e, field)) for e in row) for row in rows) for field in ("tokens", "patches")])
+    length = bucket(longest, tokens, "tokens")
     batch = Batch(
         tokens=np.zeros((len(rows), length), np.int32),
         positions=np.zeros((len(rows), length, 3), np.int32),
         segments=np.zeros((len(rows), length), np.int32),
         loss_mask=np.zeros((len(rows), length), bool),
         visual_index=np.full((len(rows), length), -1, np.int32),
-        vision=_collate_vision(rows, patches),
+        vision=_collate_vision(rows, bucket(most, patches, "patches"), agree) if most else None,
     )
     for b, row in enumerate(rows):
         at = visual = 0
@@ -171,11 +179,7 @@ def collate(rows: Sequence[Sequence[Example]], tokens: Sequence[int], patches: S
     return batch
 
 
-def _collate_vision(rows: Sequence[Sequence[Example]], sizes: Sequence[int]) -> Vision | None:
-    longest = max(sum(len(e.patches) for e in row) for row in rows)
-    if longest == 0:
-        return None
-    count = bucket(longest, sizes, "patches")
+def _collate_vision(rows: Sequence[Sequence[Example]], count: int, agree: Agree) -> Vision:
     patches = np.zeros((len(rows), count, PATCH_VALUES), np.uint8)
     patch_hw = np.zeros((len(rows), count, 2), np.int32)
     for b, row in enumerate(rows):
@@ -184,12 +188,12 @@ def _collate_vision(rows: Sequence[Sequence[Example]], sizes: Sequence[int]) -> 
             here = slice(at, at + len(example.patches))
             patches[b, here], patch_hw[b, here] = example.patches, example.patch_hw
             at = here.stop
-    windows = group([[e.window_id for e in row] for row in rows], count)
-    frames = group([[e.frame_id for e in row] for row in rows], count)
+    windows = group([[e.window_id for e in row] for row in rows], count, agree)
+    frames = group([[e.frame_id for e in row] for row in rows], count, agree)
     return Vision(patches, patch_hw, windows, frames)
 
 
-def group(ids: Sequence[Sequence[np.ndarray]], count: int) -> Groups:
+def group(ids: Sequence[Sequence[np.ndarray]], count: int, agree: Agree = lambda own: own) -> Groups:
     """Turns the group number of each patch into `Groups` over rows of `count` patches.
 
     ids: for each row and each example in it, int32 [P] non-decreasing group numbers. Groups of one size that divides
@@ -197,10 +201,13 @@ def group(ids: Sequence[Sequence[np.ndarray]], count: int) -> Groups:
     """
     sizes = [np.concatenate([np.unique(i, return_counts=True)[1] for i in row] or [np.zeros(0, int)]) for row in ids]
     all_sizes = np.concatenate(sizes)
-    size = int(all_sizes.max())
-    if (all_sizes == size).all() and count % size == 0:
+    # The smallest group by its negative, so that one maximum over all parts tells both ends; a part without patches has none.
+    size, negative, most = agree(
+        [int(all_sizes.max(initial=0)), int((-all_sizes).max(initial=-count)), max(len(s) for s in sizes)]
+    )
+    if size == -negative and count % size == 0:
         return Groups(None, size)
-    most, size = rounded(max(len(s) for s in sizes)), rounded(size)
+    most, size = rounded(most), rounded(size)
     index = np.full((len(ids), most, size), count, np.int32)
     for b, row in enumerate(sizes):
         starts = np.concatenate([[0], np.cumsum(row)])

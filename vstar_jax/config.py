@@ -298,6 +298,24 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that are one run, each with devices of its own: all are started with the same settings but `process`.
+
+    Args:
+        coordinator: HOST:PORT of the first process, or auto where JAX finds out by itself (TPU pods, GKE, Slurm, Open MPI);
+            empty for a run of one process.
+        processes: how many there are.
+        process: which one this is, from 0 on.
+        deadline: seconds in which processes must find each other, and after which one that is silent is taken for dead.
+    """
+
+    coordinator: str = ""
+    processes: int = 1
+    process: int = 0
+    deadline: float = 100.0
+
+
+@dataclass(frozen=True)
 class Config:
     """One run.
 
@@ -314,6 +332,7 @@ class Config:
         rollout: how its episodes are played.
         tools: who answers when the policy calls a tool.
         evaluation: held-out evaluation.
+        distributed: the processes of the run.
     """
 
     seed: int = 0
@@ -328,6 +347,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 HELP = "Settings come from files, --config=FILE.yaml (several allowed, later ones win), and from flags on top of them:"
@@ -384,6 +404,7 @@ FREE = (
     "tools.url",
     "tools.failures",
     "evaluation.batch_size",
+    "distributed.",
 )
 
 
@@ -413,6 +434,8 @@ def resolve(path: str | Path) -> Path:
 
 
 POSITIVE = (
+    "distributed.processes",
+    "distributed.deadline",
     "policy.lora.alpha",
     "video.min_pixels",
     "video.max_pixels",
@@ -461,6 +484,22 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.mesh):
         raise UserError(f"mesh is {config.mesh!r}, but must be DATAxMODEL with two positive numbers, such as 8x1 or 4x2.")
+    distributed = config.distributed
+    if distributed.process >= distributed.processes:
+        raise UserError(
+            f"distributed.process is {distributed.process}, but must be below distributed.processes ({distributed.processes}): "
+            "the first is 0."
+        )
+    if distributed.processes > 1 and not distributed.coordinator:
+        raise UserError(
+            f"distributed.processes is {distributed.processes}, but nobody says where they meet: set distributed.coordinator "
+            "to the HOST:PORT of the first one."
+        )
+    if distributed.coordinator not in ("", "auto") and not re.fullmatch(r"\S+:\d+", distributed.coordinator):
+        raise UserError(
+            f"distributed.coordinator is {distributed.coordinator!r}, but must be the HOST:PORT of the first process, such as "
+            "10.0.0.1:1234, or auto."
+        )
     if config.video.min_pixels > config.video.max_pixels:
         raise UserError(
             f"video.min_pixels is {config.video.min_pixels}, but must not exceed video.max_pixels ({config.video.max_pixels})."

@@ -8,6 +8,7 @@ stays whole, so that two KV heads on eight devices are replicated and not cut.
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,8 +37,9 @@ def mesh_shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def simulate_devices(text: str) -> bool:
-    """Asks for as many simulated CPU devices as the mesh needs; call it before JAX starts its backends.
+def simulate_devices(text: str, processes: int = 1) -> bool:
+    """Asks for as many simulated CPU devices as this one of `processes` adds to the mesh; call it before JAX starts its
+    backends.
 
     The count has an effect on the CPU backend alone, and a count that the user chose in XLA_FLAGS stays.
     """
@@ -45,14 +47,16 @@ def simulate_devices(text: str) -> bool:
     flags = os.environ.get("XLA_FLAGS", "")
     if data * model == 1 or "xla_force_host_platform_device_count" in flags:
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={data * model}".strip()
+    own = -(-data * model // processes)
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={own}".strip()
     return True
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A Mesh with axes data and model from "DxM" over `devices` (all of JAX's when not given).
 
-    Raises UserError when there are fewer devices than the mesh needs.
+    Raises UserError when there are fewer devices than the mesh needs, and when rows of it would belong to several processes or
+    processes would have no row.
     """
     shape = mesh_shape(text)
     devices = jax.devices() if devices is None else devices
@@ -62,7 +66,15 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {text} needs {need} devices and this machine has {len(devices)} ({devices[0].platform}): "
             f"choose a mesh of at most {len(devices)} devices, or JAX_PLATFORMS=cpu to simulate them."
         )
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:need])
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:need])
+    owners = [{device.process_index for device in row} for row in mesh.devices]
+    processes = {device.process_index for device in devices}
+    if any(len(owner) > 1 for owner in owners) or len(set.union(*owners)) < len(processes):
+        raise UserError(
+            f"mesh {text} does not give each of the {len(processes)} processes rows of its own: choose a first number that "
+            f"{len(processes)} divides, and a second one of at most {len(devices) // len(processes)}, the devices of a process."
+        )
+    return mesh
 
 
 def platform() -> str:
@@ -122,18 +134,64 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """The rows of a batch of `count` that this process has, int [n] ascending; all of them when it is the only one.
+
+    UserError when `count` does not split over the data axis.
+    """
+    data = mesh.shape["data"]
+    if count % data:
+        raise UserError(f"a batch of {count} rows does not split over {data} devices: choose a batch size that {data} divides.")
+    own = [n for n, row in enumerate(mesh.devices) if row[0].process_index == jax.process_index()]
+    return np.arange(count).reshape(data, -1)[own].reshape(-1)
+
+
 def put_batch(tree: Any, mesh: Mesh) -> Any:
-    """Puts host arrays [B, ...] on the mesh, split over data; UserError when B does not divide."""
-    rows, data = jax.tree.leaves(tree)[0].shape[0], mesh.shape["data"]
-    if rows % data:
-        raise UserError(f"a batch of {rows} rows does not split over {data} devices: choose a batch size that {data} divides.")
-    return jax.device_put(jax.tree.map(np.asarray, tree), batch_sharding(mesh))
+    """Puts this process's rows of a batch, host arrays [n, ...], on the mesh, split over data; UserError when n does not
+    divide.
+    """
+    own = len(local_rows(mesh, mesh.shape["data"]))
+    rows = jax.tree.leaves(tree)[0].shape[0]
+    if rows % own:
+        raise UserError(f"a batch of {rows} rows does not split over {own} devices: choose a batch size that {own} divides.")
+    if jax.process_count() == 1:
+        return jax.device_put(jax.tree.map(np.asarray, tree), batch_sharding(mesh))
+    split = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return jax.tree.map(lambda x: split(np.asarray(x), (rows // own * mesh.shape["data"], *x.shape[1:])), tree)
+
+
+def fetch_batch(tree: Any, mesh: Mesh) -> Any:
+    """This process's rows, numpy [n, ...], of device arrays [B, ...]: the other way round."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def rows(x: jax.Array) -> np.ndarray:
+        shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(rows, jax.device_put(tree, batch_sharding(mesh)))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Puts arrays that every process has whole, or that are on the mesh already, where `shardings` say."""
+
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        # Without a comparison of what the processes have, for which device_put would send whole weights around.
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+    return jax.tree.map(place, tree, shardings)
 
 
 def announce(mesh: Mesh, simulated: bool) -> None:
-    """Says on which devices the program runs, and whether they are simulated."""
+    """Says on which devices the program runs, and whether they are simulated; the first process does."""
+    if jax.process_index():
+        return
     devices = list(mesh.devices.flat)
     kind = (
         f"{len(devices)} {'simulated ' if simulated and devices[0].platform == 'cpu' else ''}{devices[0].device_kind} device(s)"
     )
-    print(f"mesh {mesh.shape['data']}x{mesh.shape['model']} (data x model) on {kind}", flush=True)
+    where = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"mesh {mesh.shape['data']}x{mesh.shape['model']} (data x model) on {kind}{where}", flush=True)

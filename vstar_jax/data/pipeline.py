@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import grain
 import numpy as np
 
-from vstar_jax.batch import Example, collate
+from vstar_jax.batch import Agree, Batch, Example, collate
 from vstar_jax.config import Config
 from vstar_jax.errors import UserError
 
@@ -30,13 +30,14 @@ def train_batches(
     epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> "grain.DatasetIterator[Any]":
-    """An iterator of `batch.Batch` in numpy over shuffled records; its get_state and set_state continue it exactly.
+    agree: Agree = lambda own: own,
+) -> "Batches":
+    """A stream of `batch.Batch` in numpy over shuffled records; its get_state and set_state continue it exactly.
 
     source: random access to records. make_example: draws the dialogue of a record with a generator of its own, on
     `config.data.threads` threads; None leaves the record out, and no other takes its place. epochs: None goes on for ever,
     each epoch in a new order and with new draws; what does not fill a last batch is dropped. Process i of n takes every n-th
-    record and makes 1 / n of the rows of a batch.
+    record and makes 1 / n of the rows of a batch; the shapes, those of all rows, come from `agree` (`batch.collate`).
     UserError when the source is empty, when no record of an epoch gives an example, or when the rows do not divide.
     """
     rows = config.sft.batch_size // process_count
@@ -47,8 +48,7 @@ def train_batches(
             f"the training split has {len(source)} clips for {process_count} process(es), but each needs one at least: "
             "prepare the dataset again or choose another."
         )
-    # Processes must agree on shapes, and a process does not see the others' rows.
-    tokens, patches = (sizes if process_count == 1 else sizes[-1:] for sizes in (config.data.tokens, config.data.patches))
+    tokens, patches = config.data.tokens, config.data.patches
     per_epoch = len(range(process_index, len(source), process_count))
     records = grain.MapDataset.source(source).seed(config.seed)
     # Drawn before it is shuffled and split, so that a record's generator depends on neither.
@@ -59,8 +59,31 @@ def train_batches(
         packed: grain.IterDataset[Row] = PackedRows(stream, max(tokens), max(patches))
     else:
         packed = stream.map(lambda example: [example])
-    batches = packed.batch(rows, drop_remainder=True, batch_fn=lambda batch: collate(batch, tokens, patches))
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCHED_BATCHES))
+    batches = packed.batch(rows, drop_remainder=True, batch_fn=list)
+    return Batches(
+        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCHED_BATCHES), config, agree
+    )
+
+
+class Batches:
+    """An iterator of batches, laid out where they are asked for: processes agree on shapes from their main threads alone."""
+
+    def __init__(self, rows: "grain.IterDataset[list[Row]]", config: Config, agree: Agree):
+        self.rows, self.data, self.agree = iter(rows), config.data, agree
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        return collate(next(self.rows), self.data.tokens, self.data.patches, self.agree)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON."""
+        return self.rows.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        self.rows.set_state(state)
 
 
 class _Guarded(Generic[Record]):

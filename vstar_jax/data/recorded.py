@@ -202,7 +202,8 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
     """Training dialogues from JSON Lines with the fields of `Dialogue`; others are left alone. UserError with the line."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8", newline="\n") as file:  # texts may have other ends of lines, such as U+2028
+            lines = list(file)
     except (OSError, UnicodeDecodeError):
         raise UserError(f"there is no file of dialogues {path} in UTF-8: give what scripts/synthesize.py wrote.") from None
     names = [field.name for field in fields(Dialogue)]

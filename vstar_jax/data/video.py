@@ -75,9 +75,9 @@ def read(path: str | Path, max_frames: int, exact: int | None = None, counts: Re
     path, counts = Path(path), counts or ReadCounts()
     try:
         if not path.is_file():
-            raise VideoError(f"{path} is not there: check the path, or leave the clip out of the list.")
+            raise VideoError(f"{path} is not there: check the path, or leave the clip out.")
         if not path.stat().st_size:
-            raise VideoError(f"{path} is an empty file: fetch the clip again, or leave it out of the list.")
+            raise VideoError(f"{path} is an empty file: fetch the clip again, or leave it out.")
         clip, reader = _decode(path, lambda total, fps: frame_indices(total, fps, max_frames, exact))
     except VideoError:
         counts.add("failed")
@@ -98,7 +98,7 @@ def _decode(path: Path, sample: Sampler) -> tuple[Clip, str]:
         except Exception as second:
             raise VideoError(
                 f"{path} cannot be decoded, it may be cut short or damaged (decord: {_line(first)}; PyAV: {_line(second)}): "
-                "fetch the clip again, or leave it out of the list."
+                "fetch the clip again, or leave it out."
             ) from second
 
 
@@ -117,6 +117,8 @@ def _read_pyav(path: Path, sample: Sampler) -> Clip:
 
     def decode():
         with av.open(str(path), metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise ValueError("the file has no pictures")
             stream = container.streams.video[0]
             try:
                 for frame in container.decode(stream):

@@ -17,6 +17,7 @@ from vstar_jax.data.chat import Chat
 from vstar_jax.data.datasets import STICK_MOTION, make_task
 from vstar_jax.data.leakage import guard
 from vstar_jax.dialogue import Prompts
+from vstar_jax.distributed import first, first_alone, told
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.journal import Journal
 from vstar_jax.evaluation.protocol import evaluate
@@ -140,23 +141,26 @@ def trained_on(checkpoint: str, config: Config) -> str:
 
 
 def measure(checkpoint: str, config: Config, mesh: Mesh, out: str | None, seeds: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluates, prints the table, and writes result.json, the predictions of every clip as they are made, and for recorded
-    datasets table.md and table.json with the paper's rows; returns the result.
+    """Evaluates, and in the first process prints the table, and writes result.json, the predictions of every clip as they are
+    made, and for recorded datasets table.md and table.json with the paper's rows; returns the result.
 
     An evaluation that was killed goes on. seeds: folders of finished evaluations of the same policy trained with other seeds,
-    whose results are averaged in the paper's table. Raises UserError when clips or novel classes were trained on
-    (`leakage.guard`).
+    whose results are averaged in the paper's table. The other processes return the accuracies alone. Raises UserError when
+    clips or novel classes were trained on (`leakage.guard`).
     """
     folder, name = Path(out) if out else Path(checkpoint) / "evaluation", Path(checkpoint).resolve().name
     chat = Chat(config_module.resolve(config.policy.path), config.video)
-    task = make_task(config, chat)
+    with first_alone():
+        task = make_task(config, chat)
     others = [_finished(Path(seed), config, task.groups) for seed in seeds]
     leakage = guard(task, config)
     graphdef, state = restore(checkpoint, config, mesh)
-    journal = Journal(folder, _about(checkpoint, config, task.prompts))
+    journal = Journal(folder, _about(checkpoint, config, task.prompts)) if first() else None
     with open_tools(config, folder / "tools") as tools:
         predictions = evaluate(graphdef, state, task, chat, tools, config, mesh, name, journal)
-    summary = summarise(predictions)
+    summary = told(summarise(predictions) if first() else {})
+    if journal is None:
+        return summary
     print_table({name: summary}, title(config))
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),

@@ -25,7 +25,7 @@ from vstar_jax.errors import UserError
 from vstar_jax.models.config import Architecture
 from vstar_jax.models.layers import LoraParam
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, abstract
-from vstar_jax.sharding import state_shardings
+from vstar_jax.sharding import put, state_shardings
 
 TABLE: Mapping[str, str] = {
     "visual.patch_embed": "visual.patch_embed.proj",
@@ -162,7 +162,7 @@ def _put(checkpoint: Checkpoint, name: str, key: tuple[str, ...], shape: tuple[i
             f"the tensor {name} of {checkpoint.path} has the shape {tensor.shape} where config.json asks for {expected}: "
             "use the config.json that belongs to these weights."
         )
-    return jax.block_until_ready(jax.device_put(to_ours(tensor, shape, key[-1]), sharding))
+    return jax.block_until_ready(put(to_ours(tensor, shape, key[-1]), sharding))
 
 
 def tensors(model: Qwen25VL) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,6 +6,7 @@ after every turn. They give the same tokens; the second is the oracle, and the w
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from vstar_jax.batch import Batch, Turn, Vision
 from vstar_jax.models.text import KVCache
 from vstar_jax.rollout.sampler import Completion, decode, prefill
-from vstar_jax.sharding import put_batch
+from vstar_jax.sharding import fetch_batch, put_batch
 
 Mode = Literal["callback", "segmented"]
 History = Literal["append", "replace"]
@@ -170,11 +171,13 @@ class Rollout:
     ) -> list[Completion]:
         """The replies of every turn, as arrays [B, M] on the device.
 
-        state: the policy's; batch: prompts on the mesh, one a group; positions int32 [B / G] of the first new token; keys [B],
-        one an episode; episodes int32 [B], the numbers by which the host knows them. Members of a group stand side by side.
+        state: the policy's; batch: prompts on the mesh, one a group. Of this process's rows: positions int32 [B / G] of the
+        first new token; keys [B], one an episode; episodes int32 [B], the numbers by which the host knows them. Members of a
+        group stand side by side.
         """
         with jax.set_mesh(self.mesh):
-            (positions,), (episodes,) = put_batch((positions,), self.mesh), put_batch((episodes,), self.mesh)
+            positions, episodes, keys = (put_batch(x, self.mesh) for x in (positions, episodes, jax.random.key_data(keys)))
+            keys = jax.random.wrap_key_data(keys)
             self._marks = [(time.perf_counter(), "")]
             completions = jax.block_until_ready(self.play(state, batch, positions, keys, episodes))
             jax.effects_barrier()
@@ -199,7 +202,7 @@ class Rollout:
         return turn
 
     def _asked(self, number: int, episodes: jax.Array, completion: Completion, positions: jax.Array) -> Turn:
-        arguments = jax.device_get((episodes, completion.tokens, completion.lengths, positions))
+        arguments = fetch_batch((episodes, completion.tokens, completion.lengths, positions), self.mesh)
         return put_batch(self.host(number, *arguments), self.mesh)
 
 
@@ -230,16 +233,21 @@ def ask(host: Host, like: Turn, number: int, episodes: jax.Array, completion: Co
     rows = episodes.shape[0] // mesh.shape["data"]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), like)
 
+    # A row of each is one axis: lowered for TPU under shard_map, the results of a callback must all be of one rank.
+    flat = jax.tree.map(lambda s: jax.ShapeDtypeStruct((rows, math.prod(s.shape[1:])), s.dtype), shapes)
+
     def call(episodes, tokens, lengths, positions) -> Turn:
-        return host(number, *(np.asarray(x) for x in (episodes, tokens, lengths, positions)))
+        turn = host(number, *(np.asarray(x) for x in (episodes, tokens, lengths, positions)))
+        return jax.tree.map(lambda x, s: np.asarray(x, s.dtype).reshape(s.shape), turn, flat)
 
     def local(*arguments: jax.Array) -> Turn:
         answer = jax.lax.cond(
             jax.lax.axis_index("model") == 0,
-            lambda *a: io_callback(call, shapes, *a, ordered=False),
-            lambda *a: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            lambda *a: io_callback(call, flat, *a, ordered=False),
+            lambda *a: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), flat),
             *arguments,
         )
+        answer = jax.tree.map(lambda x, s: x.reshape(s.shape), answer, shapes)
         return jax.tree.map(lambda x: jax.lax.psum(x, "model") if x.dtype != bool else jax.lax.pmax(x, "model"), answer)
 
     by_row = PartitionSpec("data")

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,12 +13,16 @@ from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.task import Episode
 from vstar_jax.dialogue import Decision, Prompts, Reply, first_messages, parse_reply
+from vstar_jax.distributed import largest
 from vstar_jax.errors import UserError
 from vstar_jax.rollout.episode import PHASES, Rollout, Sampling, episode_keys
 from vstar_jax.rollout.sampler import Completion
-from vstar_jax.sharding import put_batch
+from vstar_jax.sharding import fetch_batch, local_rows, put_batch
 from vstar_jax.tools.host import Host, Layout, Tools
 from vstar_jax.tools.protocol import Status
+
+BLANK = np.zeros((2, 28, 28, 3), np.uint8)
+"""Frames [T, H, W, 3] for the rows of a process that never had an episode."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Played:
 class Player:
     """The policy as a function from episodes to what is played, G members of each, at most `rows` episodes at a time.
 
-    host: has the counts of the last call's tools; seconds: how long each phase of all calls took, data (prompts and pictures)
-    and those of `Rollout`; `shape` tokens and patches that hold any row of the last call.
+    Of several processes each plays those of its own rows. host: has the counts of the last call's tools; seconds: how long each
+    phase of all calls took, data (prompts and pictures) and those of `Rollout`; `shape` tokens and patches that hold any row of
+    the last call.
     """
 
     def __init__(
@@ -59,9 +63,11 @@ class Player:
         rows: int,
         members: int = 1,
     ):
-        """graphdef: the policy's; sampling: of the replies; rows: the episodes of a call, which fewer are filled up to."""
+        """graphdef: the policy's; sampling: of the replies; rows: the episodes of a call over all processes, which fewer are
+        filled up to.
+        """
         self.chat, self.prompts, self.config, self.mesh = chat, prompts, config, mesh
-        self.sampling, self.rows, self.members = sampling, rows, members
+        self.sampling, self.rows, self.members = sampling, len(local_rows(mesh, rows)), members
         rollout = config.rollout
         self.replaces = rollout.history == "replace"
         self.host = Host(
@@ -72,19 +78,23 @@ class Player:
         )
         self.seconds = dict.fromkeys(("data", *PHASES), 0.0)
         self.shape = (0, 0)
+        self._filler: Example | None = None
 
     def play(self, state: Any, episodes: Sequence[Episode], numbers: Sequence[int]) -> list[Played]:
         """Plays each episode `members` times, those of an episode side by side.
 
-        state: the policy's; numbers: of the episodes in the run, their randomness follows from it and the seed alone. UserError
-        when a prompt or a turn does not fit its settings.
+        state: the policy's; episodes: those of this process, which may have none; numbers: of the episodes in the run, their
+        randomness follows from it and the seed alone. UserError when a prompt or a turn does not fit its settings.
         """
         started = time.perf_counter()
         missing, data, limits = self.rows - len(episodes), self.config.data, self.config.rollout
-        prompts = [self._prompt(episode) for episode in episodes]
-        padded, numbers = [*prompts, *[prompts[-1]] * missing], [*numbers, *[numbers[-1]] * missing]
+        prompts = [self._prompt(episode.frames, episode.fps) for episode in episodes]
+        # A process without an episode takes part with the last prompt it had, whose pictures are like the others'.
+        self._filler = prompts[-1] if prompts else self._filler or self._prompt(BLANK, 1.0)
+        padded = [*prompts, *[self._filler] * missing]
+        numbers = [*numbers, *[0] * missing]
         try:
-            batch = collate([[p] for p in padded], data.tokens, data.patches)
+            batch = collate([[p] for p in padded], data.tokens, data.patches, largest)
         except ValueError as error:
             raise UserError(f"a prompt does not fit: {error}.") from None
         layout = Layout(limits.turn_tokens, batch.vision)
@@ -94,7 +104,7 @@ class Player:
         starts = np.asarray([p.positions.max() + 1 for p in padded], np.int32)
         order = np.arange(self.rows * self.members, dtype=np.int32)
         self.seconds["data"] += time.perf_counter() - started
-        completions = jax.device_get(self.rollout(state, put_batch(batch, self.mesh), starts, keys, order))
+        completions = fetch_batch(self.rollout(state, put_batch(batch, self.mesh), starts, keys, order), self.mesh)
         for phase, taken in self.rollout.seconds.items():
             self.seconds[phase] += taken
         turns = self.sampling.turns
@@ -102,8 +112,8 @@ class Player:
         self.shape = tokens, turns * layout.patches
         return [self._played(n, prompts[n // self.members], completions) for n in range(len(prompts) * self.members)]
 
-    def _prompt(self, episode: Episode) -> Example:
-        clip = self.chat.clip(episode.frames, episode.fps)
+    def _prompt(self, frames: np.ndarray, fps: float) -> Example:
+        clip = self.chat.clip(frames, fps)
         messages = first_messages(self.prompts, self.config.data.dialect)
         return self.chat.encode(messages, [clip], add_generation_prompt=True)
 

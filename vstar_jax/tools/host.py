@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vstar_jax.batch import Batch, Example, Groups, Turn, Vision, collate, group
+from vstar_jax.batch import Batch, Example, Groups, Turn, Vision, collate, group, sampled
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.task import Episode
 from vstar_jax.dialogue import TOOLS, Decision, Dialect, Prompts, ToolResult, parse_decision, parse_reply, second_messages
@@ -97,6 +97,10 @@ class Layout:
         return 0 if self.vision is None else self.vision.patches.shape[1]
 
 
+FILLER = sampled(np.zeros(1, np.int32), 0)
+"""What a row is shown that only fills up a batch."""
+
+
 class Host:
     """`rollout.episode.Host` for two-stage dialogues; `begin` tells it which episodes a rollout plays."""
 
@@ -143,8 +147,7 @@ class Host:
         """What the policy was shown after reply number `turn` of an episode, with positions from 0."""
         if exchange := self.exchanges.get((episode, turn)):
             return exchange.example
-        # A row that only fills up is shown anything.
-        return self._plain[id(self.episodes[episode])] if episode in self.episodes else next(iter(self._plain.values()))
+        return self._plain[id(self.episodes[episode])] if episode in self.episodes else FILLER
 
     def __call__(self, turn: int, episodes: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> Turn:
         """See `rollout.episode.Host`."""

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+
 from vstar_jax.config import Config
 from vstar_jax.data.datasets import STICK_MOTION, glossary
 from vstar_jax.errors import UserError
@@ -41,8 +43,8 @@ ELSE = "give the address of a server that runs with tools.url, or set tools.sour
 def open_tools(config: Config, folder: Path) -> Iterator[Tools]:
     """The tools of a run, as long as the context lasts, or what its counterfactual makes of them.
 
-    folder: for the log and the cache of a server that is started here. Raises UserError when there is no server at tools.url,
-    none can be started, or the one that would be started cannot see people in videos.
+    folder: for the log and the cache of a server that is started here; every process of a run starts its own. Raises UserError
+    when there is no server at tools.url, none can be started, or the one that would be started cannot see people in videos.
     """
     with _opened(config, folder) as tools:
         kind = config.tools.counterfactual
@@ -69,8 +71,12 @@ def _opened(config: Config, folder: Path) -> Iterator[Tools]:
             "address with tools.url, or go without visual tools with tools.source=annotations."
         )
     else:
-        with serve(glossary(config), folder) as started, _client(started) as client:
+        with serve(glossary(config), _own(folder)) as started, _client(started) as client:
             yield ServedTools(client)
+
+
+def _own(folder: Path) -> Path:
+    return folder / f"process{jax.process_index()}" if jax.process_count() > 1 else folder
 
 
 @contextmanager

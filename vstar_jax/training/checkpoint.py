@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from vstar_jax.distributed import gather
 from vstar_jax.errors import UserError
+from vstar_jax.sharding import put
 from vstar_jax.training.state import TrainState
 
 
@@ -34,14 +37,18 @@ class Checkpointer:
         return self.manager.latest_step()
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
-        """Begins to save; the arrays may be donated as soon as this returns. UserError when the disk refuses."""
+        """Begins to save; the arrays may be donated as soon as this returns. UserError when the disk refuses.
+
+        data: where this process's data iterator stands.
+        """
         step = int(state.step)
         if step == self.latest():
             return
+        progress = {"step": step, "key": jax.random.key_data(state.key).tolist(), "data": gather(dict(data))}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
             optimizer=ocp.args.StandardSave(_plain(state.optimizer)),
-            progress=ocp.args.JsonSave({"step": step, "key": jax.random.key_data(state.key).tolist(), "data": dict(data)}),
+            progress=ocp.args.JsonSave(progress),
         )
         with self._explained():
             self._require_room(state)
@@ -56,7 +63,10 @@ class Checkpointer:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 
     def restore(self, state: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
-        """The last checkpoint in the shapes and shardings of `state`, and the data iterator's state."""
+        """The last checkpoint in the shapes and shardings of `state`, and where this process's data iterator stood.
+
+        UserError when it was saved by another number of processes, whose iterators stood elsewhere.
+        """
         optimizer, structure = jax.tree.flatten(state.optimizer)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_targets(nnx.to_pure_dict(state.params))),
@@ -65,15 +75,19 @@ class Checkpointer:
         )
         restored = self.manager.restore(self.latest(), args=items)
         progress = restored["progress"]
+        if len(progress["data"]) != jax.process_count():
+            raise UserError(
+                f"{self.directory} was saved by {len(progress['data'])} processes, but there are {jax.process_count()}: start "
+                "as many, or begin another run."
+            )
         leaves = [restored["optimizer"][str(i)] for i in range(len(optimizer))]
-        key = jax.random.wrap_key_data(jax.numpy.asarray(progress["key"], jax.numpy.uint32))
         return TrainState(
-            step=jax.device_put(jax.numpy.int32(progress["step"]), state.step.sharding),
-            key=jax.device_put(key, state.key.sharding),
+            step=put(np.int32(progress["step"]), state.step.sharding),
+            key=jax.random.wrap_key_data(put(np.asarray(progress["key"], np.uint32), state.key.sharding)),
             params=_replaced(state.params, restored["params"]),
             frozen=state.frozen,
             optimizer=jax.tree.unflatten(structure, leaves),
-        ), progress["data"]
+        ), progress["data"][jax.process_index()]
 
     def restore_params(self, params: nnx.State) -> nnx.State:
         """The parameters of the last checkpoint in the shardings of `params`, which may be abstract."""

@@ -20,6 +20,7 @@ from vstar_jax.errors import UserError
 from vstar_jax.rewards import Reward, length_bonus, score, temporal_bonus
 from vstar_jax.rollout.episode import Sampling
 from vstar_jax.rollout.player import Played, Player
+from vstar_jax.sharding import local_rows
 from vstar_jax.tools.host import Counts, Tools
 
 PROMPT_STREAM = 0x6790
@@ -38,7 +39,7 @@ class Paid:
 
 @dataclass(frozen=True)
 class Step:
-    """The episodes of a step, those of a group side by side.
+    """The episodes of a step that this process has played, those of a group side by side.
 
     episodes: one a group; tokens, patches: the static shape that holds every row; counts: of the tools' calls; seconds: by
     phase, data (reading clips), encode, prefill, decode, tools and reward.
@@ -64,6 +65,7 @@ class Collector:
     def __init__(self, graphdef: Any, task: Task, chat: Chat, tools: Tools, config: Config, mesh: Mesh):
         self.task, self.config = task, config
         grpo = config.grpo
+        self.own = local_rows(mesh, grpo.prompts).tolist()
         self.player = Player(graphdef, chat, task.prompts, tools, config, mesh, sampling_of(config), grpo.prompts, grpo.group)
 
     def collect(self, state: Any, step: int) -> Step:
@@ -74,13 +76,15 @@ class Collector:
         grpo, player = self.config.grpo, self.player
         player.seconds = dict.fromkeys(player.seconds, 0.0)
         started = time.perf_counter()
-        rng = np.random.default_rng((self.config.seed, PROMPT_STREAM, step))
-        episodes = self._drawn(rng)
-        numbers = [step * grpo.prompts + n for n in range(grpo.prompts)]
+        episodes = self._drawn(step)
+        numbers = [step * grpo.prompts + n for n in self.own]
         drawing, paying = time.perf_counter() - started, 0.0
         mixed: list[Paid] = []
         if self.config.reward.temporal:
-            shuffled = [_shuffled(episode, rng) for episode in episodes]
+            shuffled = [
+                _shuffled(episode, np.random.default_rng((self.config.seed, SHUFFLED, number)))
+                for episode, number in zip(episodes, numbers, strict=True)
+            ]
             mixed = self._paid(episodes, player.play(state, shuffled, [SHUFFLED + n for n in numbers]))
         played = player.play(state, episodes, numbers)
         started = time.perf_counter()
@@ -91,19 +95,24 @@ class Collector:
         seconds = {**player.seconds, "data": player.seconds["data"] + drawing, "reward": paying}
         return Step(episodes, paid, *player.shape, player.host.counts, seconds)
 
-    def _drawn(self, rng: np.random.Generator) -> list[Episode]:
-        """One episode for each prompt; clips that cannot be read are passed over (the task counts them)."""
-        records, episodes = self.task.train_records(), list[Episode]()
-        for index in rng.permutation(len(records)):
-            episode = self.task.episode(records[int(index)], rng, training=True)
-            if episode is not None:
-                episodes.append(episode)
-            if len(episodes) == self.config.grpo.prompts:
-                return episodes
-        raise UserError(
-            f"grpo.prompts is {self.config.grpo.prompts}, but only {len(episodes)} of the {len(records)} training clips can be "
-            "read: lower it or check data.dir."
-        )
+    def _drawn(self, step: int) -> list[Episode]:
+        """One episode for each prompt of this process. A clip that cannot be read is passed over (the task counts it): the
+        next one for its prompt comes from behind those of all prompts, so that no prompt needs to know of another.
+        """
+        records, prompts, seed = self.task.train_records(), self.config.grpo.prompts, (self.config.seed, PROMPT_STREAM, step)
+        order = np.random.default_rng(seed).permutation(len(records))
+
+        def drawn(prompt: int) -> Episode:
+            for index in order[prompt::prompts].tolist():
+                episode = self.task.episode(records[index], np.random.default_rng((*seed, index)), training=True)
+                if episode is not None:
+                    return episode
+            raise UserError(
+                f"grpo.prompts is {prompts}, but too few of the {len(records)} training clips can be read: lower it or check "
+                "data.dir."
+            )
+
+        return [drawn(prompt) for prompt in self.own]
 
     def _paid(self, episodes: Sequence[Episode], played: Sequence[Played]) -> list[Paid]:
         config, paid = self.config.reward, list[Paid]()

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,18 +23,19 @@ from vstar_jax.batch import Batch, collate
 from vstar_jax.config import Config
 from vstar_jax.data.chat import Chat
 from vstar_jax.data.task import Task
+from vstar_jax.distributed import first, gather, largest
 from vstar_jax.errors import Interrupted, UserError
 from vstar_jax.models.lora import without
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.objectives.grpo import Totals, advantages, grpo_loss, token_log_probs
 from vstar_jax.rollout.player import Played
-from vstar_jax.sharding import put_batch
+from vstar_jax.sharding import put, put_batch
 from vstar_jax.tools.host import Tools, failed_share
 from vstar_jax.tools.protocol import STATUSES
 from vstar_jax.training.checkpoint import Checkpointer
 from vstar_jax.training.collect import Collector, Step, as_record, sampling_of
 from vstar_jax.training.metrics import MetricsWriter
-from vstar_jax.training.sft import stop_requests
+from vstar_jax.training.sft import asked_to_stop, stop_requests
 from vstar_jax.training.state import TrainState, create_state, make_optimizer
 
 FOLDER = "grpo"
@@ -66,8 +68,8 @@ class GrpoRun:
 
 def experience(
     played: Sequence[Played], values: np.ndarray, useful: np.ndarray, tokens: int, patches: int, accumulate: int
-) -> tuple[Experience, np.int32]:
-    """Episodes in static shapes, and how many of the micro-batches have something to learn from.
+) -> Experience:
+    """Episodes in static shapes.
 
     values float32 [B], advantages; useful bool [B], the rows to learn from: they fill the first micro-batches, and the others
     count nothing. Row i * accumulate + m is the i-th of micro-batch m (`micro_batch`). The reference's log-probabilities are
@@ -75,12 +77,19 @@ def experience(
     """
     rows = len(played) // accumulate
     order = np.argsort(~useful, kind="stable").reshape(accumulate, rows).T.reshape(-1).tolist()
-    batch = collate([played[n].parts for n in order], (tokens,), (patches,) if patches else ())
+    batch = collate([played[n].parts for n in order], (tokens,), (patches,) if patches else (), largest)
     batch = replace(batch, loss_mask=batch.loss_mask & useful[order][:, None])
     old = np.zeros(batch.tokens.shape, np.float32)
     for row, n in zip(old, order, strict=True):
         row[: len(played[n].log_probs)] = played[n].log_probs
-    return Experience(batch, old, np.zeros_like(old), values[order]), np.int32(-(-int(useful.sum()) // rows))
+    return Experience(batch, old, np.zeros_like(old), values[order])
+
+
+def micro_batches(useful: int, rows: int, accumulate: int) -> np.int32:
+    """How many of the micro-batches hold all `useful` ones of `rows` rows, which are a process's; the most of any process's
+    counts.
+    """
+    return np.int32(-(-useful * accumulate // rows))
 
 
 def micro_batch(batch: Experience, accumulate: int, number: jax.Array) -> Experience:
@@ -177,30 +186,32 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
     (folder / "rollouts").mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         graphdef, state = create_state(model, optimizer, config.policy.lora, mesh, config.seed)
-        first = jax.tree.map(jnp.copy, state.params) if grpo.beta and grpo.reference == "frozen" else None
+        frozen = jax.tree.map(jnp.copy, state.params) if grpo.beta and grpo.reference == "frozen" else None
         collector = Collector(graphdef, task, chat, tools, config, mesh)
-        learner = Learner(graphdef, optimizer, config, mesh, state, first)
+        learner = Learner(graphdef, optimizer, config, mesh, state, frozen)
         checkpointer = Checkpointer(folder / "checkpoints", grpo.keep)
         if checkpointer.latest() is not None:
             state, _ = checkpointer.restore(state)
         done = int(state.step) // grpo.updates
-        bar = tqdm(total=grpo.steps, initial=done, desc="GRPO", unit="step", disable=jax.process_index() != 0)
+        bar = tqdm(total=grpo.steps, initial=done, desc="GRPO", unit="step", disable=not first())
         with stop_requests() as stops, bar, MetricsWriter(run_dir, resume_step=offset + done) as metrics:
             for number in range(done + 1, grpo.steps + 1):
                 started = time.perf_counter()
                 step = collector.collect(nnx.merge_state(state.params, state.frozen), number)
-                measured = told(step)
-                failing = failed_share(step.counts.statuses) > config.tools.failures
+                summary = Summary.of(step, grpo.group)
+                measured = summary.metrics()
+                failing = failed_share(summary.statuses) > config.tools.failures
                 if not failing:
                     state, learned = learner.learn(state, step)
                     measured |= learned
                 measured["time/step"] = time.perf_counter() - started
-                _write_rollouts(folder / "rollouts" / f"{number:06d}.jsonl", step, grpo.group)
+                if first():
+                    _write_rollouts(folder / "rollouts" / f"{number:06d}.jsonl", summary.records)
                 metrics.write(offset + number, measured)
                 if failing:
                     checkpointer.save(state, {})
                     checkpointer.close()
-                    raise UserError(_broken_tools(number, step))
+                    raise UserError(_broken_tools(number, summary.statuses))
                 bar.set_postfix_str(
                     f"reward {measured['reward/total']:.3f}, accuracy {measured['reward/accuracy']:.2f}, "
                     f"tools {measured['reward/tool']:.2f}, {measured['rollout/tokens_per_s']:.0f} tokens/s"
@@ -211,11 +222,12 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
                         f"the loss is not a number at step {number}: lower grpo.learning_rate or grpo.max_grad_norm and start "
                         f"again from the checkpoint of step {(checkpointer.latest() or 0) // grpo.updates}."
                     )
-                if number % grpo.save_every == 0 or number == grpo.steps or stops:
+                stopped = asked_to_stop(stops)
+                if number % grpo.save_every == 0 or number == grpo.steps or stopped:
                     checkpointer.save(state, {})
-                if stops:
+                if stopped:
                     checkpointer.close()
-                    raise Interrupted(number, stops[0])
+                    raise Interrupted(number, stopped)
         checkpointer.close()
     return GrpoRun(graphdef, state, {"rollout": collector.player.rollout.compilations(), **learner.compilations()})
 
@@ -238,9 +250,9 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
 class Learner:
     """Turns a step's episodes into updates of the policy."""
 
-    def __init__(self, graphdef: Any, optimizer: Any, config: Config, mesh: Mesh, state: TrainState, first: Any):
-        """first: the parameters of the frozen reference, None where it is not needed."""
-        self.config, self.mesh, self.first = config, mesh, first
+    def __init__(self, graphdef: Any, optimizer: Any, config: Config, mesh: Mesh, state: TrainState, frozen: Any):
+        """frozen: the parameters of the frozen reference, None where it is not needed."""
+        self.config, self.mesh, self.frozen = config, mesh, frozen
         self.reference = make_reference(graphdef, config)
         self.update = make_grpo_step(graphdef, optimizer, config, state)
 
@@ -252,15 +264,21 @@ class Learner:
         grpo, started = self.config.grpo, time.perf_counter()
         rewards = np.asarray([p.reward.total for p in step.paid]).reshape(-1, grpo.group)
         values, differs = advantages(rewards, grpo.normalise)
-        measured = {"grpo/groups_without_variance": float((~differs).sum())}
-        if differs.any():
-            useful = np.repeat(differs, grpo.group)
-            content, used = experience(
-                [p.played for p in step.paid], values.reshape(-1), useful, step.tokens, step.patches, grpo.accumulate
+        counts = gather((int((~differs).sum()), int(differs.sum())))
+        measured = {"grpo/groups_without_variance": float(sum(same for same, _ in counts))}
+        if useful_groups := max(different for _, different in counts):
+            content = experience(
+                [p.played for p in step.paid],
+                values.reshape(-1),
+                np.repeat(differs, grpo.group),
+                step.tokens,
+                step.patches,
+                grpo.accumulate,
             )
+            used = micro_batches(useful_groups * grpo.group, len(step.paid), grpo.accumulate)
             batch = put_batch(content, self.mesh)
             if grpo.beta:
-                batch = self.reference(state.params if self.first is None else self.first, state.frozen, batch, used)
+                batch = self.reference(state.params if self.frozen is None else self.frozen, state.frozen, batch, used)
             for number in range(grpo.updates):
                 state, updated = self.update(state, batch, used)
                 updated = {k: float(v) for k, v in jax.device_get(updated).items()}
@@ -268,7 +286,7 @@ class Learner:
                     del updated["policy/sampler_trainer_kl"]
                 measured |= updated
         else:
-            state = replace(state, step=jax.device_put(state.step + grpo.updates, state.step.sharding))
+            state = replace(state, step=put(np.asarray(state.step) + grpo.updates, state.step.sharding))
         measured["time/update"] = time.perf_counter() - started
         return state, measured
 
@@ -277,31 +295,63 @@ class Learner:
         return {"reference": self.reference._cache_size(), "update": self.update._cache_size()}  # type: ignore[attr-defined]
 
 
-def told(step: Step) -> dict[str, float]:
-    """What a step's episodes were like, as metrics."""
-    parts = ("accuracy", "format", "tool", "sub_motion", "total")
-    told = {f"reward/{part}": float(np.mean([getattr(p.reward, part) for p in step.paid])) for part in parts}
-    told |= {f"tool/{status}": float(step.counts.statuses[status]) for status in STATUSES}
-    told["rollout/tokens"] = float(sum(sum(p.played.lengths) for p in step.paid))
-    rolling = sum(step.seconds[phase] for phase in ("encode", "prefill", "decode", "tools"))
-    told["rollout/tokens_per_s"] = told["rollout/tokens"] / rolling
-    told["rollout/tools_share"] = step.seconds["tools"] / rolling
-    return told | {f"time/{phase}": seconds for phase, seconds in step.seconds.items()}
+@dataclass(frozen=True)
+class Summary:
+    """What a step's episodes were like, those of all processes.
+
+    rewards: part -> of each episode; statuses: of the tools' calls; tokens: that the policy wrote; seconds: phase -> the
+    longest of a process; records: JSON of each group, for people.
+    """
+
+    rewards: Mapping[str, Sequence[float]]
+    statuses: Counter[str]
+    tokens: int
+    seconds: Mapping[str, float]
+    records: Sequence[str]
+
+    @classmethod
+    def of(cls, step: Step, members: int) -> "Summary":
+        """The same in every process."""
+        parts = ("accuracy", "format", "tool", "sub_motion", "total")
+        own = cls(
+            rewards={part: [getattr(p.reward, part) for p in step.paid] for part in parts},
+            statuses=step.counts.statuses,
+            tokens=sum(sum(p.played.lengths) for p in step.paid),
+            seconds=step.seconds,
+            records=[json.dumps(as_record(step, n, members), separators=(",", ":")) for n in range(len(step.episodes))],
+        )
+        every = gather(own)
+        return cls(
+            rewards={part: [reward for one in every for reward in one.rewards[part]] for part in parts},
+            statuses=sum((one.statuses for one in every), Counter()),
+            tokens=sum(one.tokens for one in every),
+            seconds={phase: max(one.seconds[phase] for one in every) for phase in own.seconds},
+            records=[record for one in every for record in one.records],
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, by the names under which metrics.jsonl has them."""
+        told = {f"reward/{part}": float(np.mean(rewards)) for part, rewards in self.rewards.items()}
+        told |= {f"tool/{status}": float(self.statuses[status]) for status in STATUSES}
+        told["rollout/tokens"] = float(self.tokens)
+        rolling = sum(self.seconds[phase] for phase in ("encode", "prefill", "decode", "tools"))
+        told["rollout/tokens_per_s"] = self.tokens / rolling
+        told["rollout/tools_share"] = self.seconds["tools"] / rolling
+        return told | {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
 
 
-def _broken_tools(number: int, step: Step) -> str:
-    failures = {status: n for status, n in step.counts.statuses.items() if status != "ok"}
+def _broken_tools(number: int, statuses: Counter[str]) -> str:
+    failures = {status: n for status, n in statuses.items() if status != "ok"}
     listed = ", ".join(f"{n} {status}" for status, n in failures.items())
     return (
-        f"{sum(failures.values())} of the {step.counts.statuses.total()} tool calls of step {number} failed ({listed}), so "
+        f"{sum(failures.values())} of the {statuses.total()} tool calls of step {number} failed ({listed}), so "
         "nothing was learned from it: look at the tools server and its log, then run the same command again, it goes on with "
         "this step; tools.failures sets how many may fail."
     )
 
 
-def _write_rollouts(path: Path, step: Step, members: int) -> None:
+def _write_rollouts(path: Path, records: Sequence[str]) -> None:
     """One JSON line a group; a reader sees all of it or nothing."""
     partial_path = path.with_suffix(".partial")
-    lines = (json.dumps(as_record(step, group, members), separators=(",", ":")) for group in range(len(step.episodes)))
-    partial_path.write_text("\n".join(lines) + "\n")
+    partial_path.write_text("".join(f"{record}\n" for record in records))
     os.replace(partial_path, path)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,6 +16,7 @@ from vstar_jax.data.datasets import make_task
 from vstar_jax.data.leakage import guard
 from vstar_jax.data.pipeline import train_batches
 from vstar_jax.data.task import Task
+from vstar_jax.distributed import first, first_alone, largest, told
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.checkpoint import restore
 from vstar_jax.evaluation.protocol import evaluate
@@ -45,9 +47,12 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
     """
     run_dir = Path(config.run_dir)
     chat = Chat(config_module.resolve(config.policy.path), config.video)
-    task = make_task(config, chat)
+    with first_alone():  # a benchmark that is not there yet is rendered once
+        task = make_task(config, chat)
     leakage = guard(task, config)
-    config_module.start_run(config)
+    with first_alone():
+        if first():
+            config_module.start_run(config)
     with open_tools(config, run_dir / "tools") as tools:
         job = _Job(config, mesh, run_dir, chat, task, tools)
         graphdef, state = nnx.split(load_policy(config, mesh))
@@ -60,13 +65,14 @@ def run(config: Config, mesh: Mesh) -> dict[str, Any]:
             graphdef, state = job.reinforced(nnx.merge(graphdef, state))
             rows["after GRPO"] = job.measured("grpo", graphdef, state)
             job.note(config.sft.steps + config.grpo.steps, rows["after GRPO"])
-    if config.sft.steps or config.grpo.steps:
-        draw_curves(run_dir)
-    print_table(rows, title(config))
     result: dict[str, Any] = {"mesh": config.mesh, "seed": config.seed, "steps": config.sft.steps, "leakage": leakage, **rows}
     if config.data.assess:
         result["assessment"] = task.audit()
-    write_json(run_dir / "result.json", result)
+    if first():
+        if config.sft.steps or config.grpo.steps:
+            draw_curves(run_dir)
+        print_table(rows, title(config))
+        write_json(run_dir / "result.json", result)
     return result
 
 
@@ -80,7 +86,14 @@ class _Job:
         """SFT; once GRPO has a checkpoint its result is only read, for training would cut the metrics off behind it."""
         if _has_checkpoint(self.run_dir / grpo.FOLDER):
             return restore(str(self.run_dir), self.config, self.mesh)
-        batches = train_batches(self.task.train_records(), self.task.example, self.config)
+        batches = train_batches(
+            self.task.train_records(),
+            self.task.example,
+            self.config,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            agree=largest,
+        )
         trained = train(load_policy(self.config, self.mesh), batches, self.config, self.mesh, self.run_dir)
         return trained.graphdef, nnx.merge_state(trained.state.params, trained.state.frozen)
 
@@ -95,7 +108,9 @@ class _Job:
                 "grpo.reference=frozen, or sft.steps=0."
             )
         folder = self.run_dir / grpo.FOLDER
-        config_module.save(replace(self.config, run_dir=str(folder)), folder / "config.yaml")
+        with first_alone():
+            if first():
+                config_module.save(replace(self.config, run_dir=str(folder)), folder / "config.yaml")
         learned = grpo.train_grpo(model, self.task, self.chat, self.tools, self.config, self.mesh, self.run_dir)
         return learned.graphdef, nnx.merge_state(learned.state.params, learned.state.frozen)
 
@@ -109,10 +124,12 @@ class _Job:
     def measured(self, name: str, graphdef: Any, state: Any) -> dict[str, float]:
         """Held-out accuracy with the tools on; a run that resumes does not measure again what it has measured."""
         path = self.run_dir / "rollouts" / f"{name}.jsonl"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_predictions(path, evaluate(graphdef, state, self.task, self.chat, self.tools, self.config, self.mesh, name))
-        return summarise(read_predictions(path))
+        if not told(path.exists()):
+            predictions = evaluate(graphdef, state, self.task, self.chat, self.tools, self.config, self.mesh, name)
+            if first():
+                path.parent.mkdir(exist_ok=True)
+                write_predictions(path, predictions)
+        return told(summarise(read_predictions(path)) if first() else {})
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vstar_jax.batch import Batch
 from vstar_jax.config import Config
+from vstar_jax.distributed import first, largest
 from vstar_jax.errors import Interrupted, UserError
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.sharding import put_batch
@@ -40,6 +41,11 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def asked_to_stop(stops: Sequence[int]) -> int:
+    """The signal by which any of the processes was asked to stop, 0 for none: all stop after the same step."""
+    return largest([stops[0] if stops else 0])[0]
+
+
 @dataclass(frozen=True)
 class SftRun:
     """A finished run: the graph definition, the trained state and how many times the step was compiled."""
@@ -52,8 +58,9 @@ class SftRun:
 def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Path) -> SftRun:
     """Trains for `config.sft.steps` steps, going on from the last checkpoint under `run_dir` if there is one.
 
-    batches: a grain iterator of host batches with get_state and set_state. Raises Interrupted after saving when the process
-    is asked to stop, and UserError when the loss is no longer a number or the disk is full.
+    batches: an iterator of this process's rows of host batches, with get_state and set_state (`data.pipeline`). Raises
+    Interrupted after saving when the process is asked to stop, and UserError when the loss is no longer a number or the disk is
+    full.
     """
     sft = config.sft
     optimizer = make_optimizer(sft)
@@ -64,18 +71,19 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
         if checkpointer.latest() is not None:
             state, data_state = checkpointer.restore(state)
             batches.set_state(data_state)
-        first = int(state.step)
-        metrics = MetricsWriter(run_dir, resume_step=first)
-        bar = tqdm(total=sft.steps, initial=first, desc="SFT", unit="step", disable=jax.process_index() != 0)
+        done = int(state.step)
+        metrics = MetricsWriter(run_dir, resume_step=done)
+        bar = tqdm(total=sft.steps, initial=done, desc="SFT", unit="step", disable=not first())
         with stop_requests() as stops, bar, metrics:
-            for step in range(first + 1, sft.steps + 1):
+            for step in range(done + 1, sft.steps + 1):
                 started = time.perf_counter()
                 batch: Batch = next(batches)
                 waited = time.perf_counter() - started
                 state, device_metrics = step_fn(state, put_batch(batch, mesh))
                 values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
                 seconds = time.perf_counter() - started
-                values["sft/tokens_per_s"] = float((batch.segments > 0).sum()) / seconds
+                tokens = (batch.segments > 0).sum() * jax.process_count()  # the others' rows hold about as many
+                values["sft/tokens_per_s"] = float(tokens) / seconds
                 values["time/step"], values["time/data"] = seconds, waited
                 metrics.write(step, values)
                 bar.set_postfix_str(f"loss {values['sft/loss']:.4f}, {values['sft/tokens_per_s']:.0f} tokens/s")
@@ -85,11 +93,12 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
                         f"the loss is not a number at step {step}: lower sft.learning_rate or sft.max_grad_norm and start "
                         f"again from the checkpoint of step {checkpointer.latest() or 0}."
                     )
-                if step % sft.save_every == 0 or step == sft.steps or stops:
+                stopped = asked_to_stop(stops)
+                if step % sft.save_every == 0 or step == sft.steps or stopped:
                     checkpointer.save(state, batches.get_state())
-                if stops:
+                if stopped:
                     checkpointer.close()
-                    raise Interrupted(step, stops[0])
+                    raise Interrupted(step, stopped)
         checkpointer.close()
     compilations = step_fn._cache_size()  # type: ignore[attr-defined]
     return SftRun(graphdef, state, compilations)

@@ -81,9 +81,33 @@ def create_state(
     """
     graphdef, *states = nnx.split(model, trainable(lora), ...)
     # Fresh adapters lie on one device until here; loaded weights are in their place already.
-    params, frozen = (jax.device_put(s, sharding.state_shardings(s, mesh)) for s in states)
+    params, frozen = (sharding.put(s, sharding.state_shardings(s, mesh)) for s in states)
+    opt_state = jax.jit(optimizer.init, out_shardings=_optimizer_layout(optimizer, params, mesh)[1])(params)
+    step, key = jax.jit(lambda: (jnp.int32(0), jax.random.key(seed)), out_shardings=sharding.replicated(mesh))()
+    return graphdef, TrainState(step, key, params, frozen, opt_state)
+
+
+def abstract_state(
+    model: Qwen25VL, optimizer: optax.GradientTransformation, lora: LoraConfig, mesh: Mesh
+) -> tuple[Any, TrainState]:
+    """`create_state` of a model of shapes: the same, with shapes and shardings in the place of arrays."""
+    graphdef, *states = nnx.split(model, trainable(lora), ...)
+
+    def shaped(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    params, frozen = (shaped(s, sharding.state_shardings(s, mesh)) for s in states)
+    step, key = jax.eval_shape(lambda: (jnp.int32(0), jax.random.key(0)))
+    whole = sharding.replicated(mesh)
+    return graphdef, TrainState(
+        *shaped((step, key), (whole, whole)), params, frozen, shaped(*_optimizer_layout(optimizer, params, mesh))
+    )
+
+
+def _optimizer_layout(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The shapes of the optimizer's state, and its sharding: the parameters' own."""
     shapes = jax.eval_shape(optimizer.init, params)
-    shardings = optax.tree_utils.tree_map_params(
+    return shapes, optax.tree_utils.tree_map_params(
         optimizer,
         lambda x, s: x if isinstance(x, optax.MaskedNode) else s,
         shapes,
@@ -91,9 +115,6 @@ def create_state(
         transform_non_params=lambda _: sharding.replicated(mesh),
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # what one part of the optimizer leaves to another
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    step, key = jax.device_put((jnp.int32(0), jax.random.key(seed)), sharding.replicated(mesh))
-    return graphdef, TrainState(step, key, params, frozen, opt_state)
 
 
 def make_train_step(
