@@ -129,6 +129,24 @@ def test_a_hanging_clip_does_not_hold_up_the_other_threads(tmp_path: Path) -> No
         assert len(errors) == 1
 
 
+def test_closing_while_clips_are_read_costs_those_clips_alone(tmp_path: Path) -> None:
+    fifo = tmp_path / "hang.mp4"
+    os.mkfifo(fifo)
+    made = Decoder(workers=2, deadline=60.0)
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            reading = [pool.submit(made.run, fifo, open_pipe, str(fifo)) for _ in range(2)]
+            while any(worker._served == 0 for worker in made._workers):
+                time.sleep(0.01)
+            time.sleep(0.1)  # both wait for an answer that does not come
+            made.close()
+            for future in reading:
+                with pytest.raises(VideoError, match="the decoder crashed"):
+                    future.result(timeout=SLACK)
+        for worker in made._workers:
+            worker._served = 0
+
+
 def test_a_crashing_decoder_costs_its_clip_alone(tmp_path: Path) -> None:
     good = write_video(tmp_path / "good.mp4", frames=2)
     with Decoder(workers=1, deadline=20.0) as made:

@@ -51,13 +51,14 @@ class Lost(Exception):
 
 
 class Worker:
-    """One process that runs functions, started when it is needed and again after it was lost; for one thread at a time."""
+    """One process that runs functions, started when it is needed and again after it was lost; one thread at a time calls it."""
 
     def __init__(self, deadline: float):
         self.deadline = deadline
         self._process: Any = None
         self._pipe: Connection | None = None
         self._served = 0
+        self._stopping = threading.Lock()
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """`function(*args)` in the process, both picklable; its exception is raised here. `Lost` when no answer comes."""
@@ -65,14 +66,15 @@ class Worker:
             self.stop()
         if self._pipe is None:
             self._start()
-        assert self._pipe is not None
+        pipe = self._pipe
+        assert pipe is not None
         self._served += 1
         answer = None
         try:
-            self._pipe.send((function, args))
-            if not self._pipe.poll(self.deadline):
+            pipe.send((function, args))
+            if not pipe.poll(self.deadline):
                 raise Lost("killed", f"the decoder hung and was stopped after {self.deadline:g} seconds")
-            answer = self._pipe.recv()
+            answer = pipe.recv()
         except (EOFError, OSError):
             raise Lost("crashed", f"the decoder crashed (exit code {self.stop()})") from None
         finally:
@@ -85,31 +87,34 @@ class Worker:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads of JAX can hang
-        self._pipe, theirs = context.Pipe()
+        pipe, theirs = context.Pipe()
+        self._pipe = pipe
         self._process = context.Process(target=_serve, args=(theirs, self.deadline), daemon=True, name="decoder")
         self._process.start()
         theirs.close()
         self._served = 0
         try:
-            ready = self._pipe.poll(START_DEADLINE) and self._pipe.recv()
-        except EOFError:
+            ready = pipe.poll(START_DEADLINE) and pipe.recv()
+        except (EOFError, OSError):
             ready = False
         if not ready:
             code = self.stop()
             raise RuntimeError(f"a decoder process could not start (exit code {code}): VSTAR_DEBUG=1 shows what it says.")
 
     def stop(self) -> int | None:
-        """Kills the process if there is one; returns its exit code."""
-        if self._process is None or self._pipe is None:
+        """Kills the process if there is one; returns its exit code. Any thread may call it, also while another does."""
+        with self._stopping:
+            process, pipe = self._process, self._pipe
+            self._process = self._pipe = None
+        if process is None or pipe is None:
             return None
-        self._pipe.close()
         # A process that crashed has its own code, which a kill would hide if it came first.
-        self._process.join(timeout=0.1)
-        self._process.kill()
-        self._process.join()
-        code = self._process.exitcode
-        self._process.close()
-        self._process = self._pipe = None
+        process.join(timeout=0.1)
+        process.kill()
+        process.join()
+        pipe.close()  # only now: a thread that waits for an answer is woken by the end of the process
+        code = process.exitcode
+        process.close()
         return int(code)
 
 
