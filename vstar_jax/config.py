@@ -323,6 +323,7 @@ class Config:
         seed: everything random in a run follows from it.
         run_dir: where the run writes; a run that was interrupted resumes there.
         mesh: devices as DATAxMODEL: batch and parameters are split over DATA, heads and widths over MODEL.
+        profile: trace three steps of each phase into the run directory, for TensorBoard and Perfetto.
         policy: the model.
         video: frames and patches.
         data: datasets and shapes.
@@ -338,6 +339,7 @@ class Config:
     seed: int = 0
     run_dir: str = "runs/default"
     mesh: str = "1x1"
+    profile: bool = False
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -390,6 +392,7 @@ def save(config: Config, path: str | Path) -> None:
 FREE = (
     "run_dir",
     "mesh",
+    "profile",
     "data.dir",
     "data.threads",
     "data.videos",

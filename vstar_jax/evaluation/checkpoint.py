@@ -99,6 +99,8 @@ def restore(checkpoint: str, config: Config, mesh: Mesh) -> tuple[Any, Any]:
 UNRELATED = (
     "run_dir",
     "mesh",
+    "profile",
+    "distributed.",
     "policy.path",
     "data.dir",
     "data.videos",

@@ -35,6 +35,7 @@ from vstar_jax.tools.protocol import STATUSES
 from vstar_jax.training.checkpoint import Checkpointer
 from vstar_jax.training.collect import Collector, Step, as_record, sampling_of
 from vstar_jax.training.metrics import MetricsWriter
+from vstar_jax.training.profile import Profile
 from vstar_jax.training.sft import asked_to_stop, stop_requests
 from vstar_jax.training.state import TrainState, create_state, make_optimizer
 
@@ -194,8 +195,10 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
             state, _ = checkpointer.restore(state)
         done = int(state.step) // grpo.updates
         bar = tqdm(total=grpo.steps, initial=done, desc="GRPO", unit="step", disable=not first())
-        with stop_requests() as stops, bar, MetricsWriter(run_dir, resume_step=offset + done) as metrics:
+        profile = Profile(config.profile, run_dir / "profile" / "grpo", done)
+        with stop_requests() as stops, bar, MetricsWriter(run_dir, resume_step=offset + done) as metrics, profile:
             for number in range(done + 1, grpo.steps + 1):
+                profile.reached(number)
                 started = time.perf_counter()
                 step = collector.collect(nnx.merge_state(state.params, state.frozen), number)
                 summary = Summary.of(step, grpo.group)

@@ -20,6 +20,7 @@ from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.sharding import put_batch
 from vstar_jax.training.checkpoint import Checkpointer
 from vstar_jax.training.metrics import MetricsWriter
+from vstar_jax.training.profile import Profile
 from vstar_jax.training.state import TrainState, create_state, make_optimizer, make_train_step
 
 
@@ -74,8 +75,10 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
         done = int(state.step)
         metrics = MetricsWriter(run_dir, resume_step=done)
         bar = tqdm(total=sft.steps, initial=done, desc="SFT", unit="step", disable=not first())
-        with stop_requests() as stops, bar, metrics:
+        profile = Profile(config.profile, run_dir / "profile" / "sft", done)
+        with stop_requests() as stops, bar, metrics, profile:
             for step in range(done + 1, sft.steps + 1):
+                profile.reached(step)
                 started = time.perf_counter()
                 batch: Batch = next(batches)
                 waited = time.perf_counter() - started

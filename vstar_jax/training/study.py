@@ -39,7 +39,17 @@ FULL = "full"
 ASSESSED = "assessed"
 PHASES = ("after GRPO", "after SFT", "base model")
 """Of a run's result, the last first: what a row is judged by."""
-NOT_SFT = ("run_dir", "grpo.", "reward.", "rollout.", "tools.url", "tools.counterfactual", "tools.failures")
+NOT_SFT = (
+    "run_dir",
+    "profile",
+    "distributed.",
+    "grpo.",
+    "reward.",
+    "rollout.",
+    "tools.url",
+    "tools.counterfactual",
+    "tools.failures",
+)
 """Settings that SFT does not depend on."""
 
 
