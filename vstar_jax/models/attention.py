@@ -4,6 +4,8 @@ GPU in 16 bits: cuDNN's flash attention. TPU: the splash kernel, for long causal
 oddly shaped problems: XLA.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from vstar_jax import sharding
 from vstar_jax.batch import Array
 
 SPLASH_BLOCK = 128
+QUERY_BLOCK = 512  # queries of a long turn whose scores over a cache exist at a time
 CAUSAL_BLOCKS = 4  # 5/8 of the scores of one block; more save little, and each is compiled on its own
 HIDDEN = -1e30  # score of a hidden key: finite, so that a query that sees no key gives no NaN
 
@@ -48,11 +51,28 @@ def attention(
 
 def attention_cached(q: jax.Array, k: jax.Array, v: jax.Array, q_slots: Array) -> jax.Array:
     """`attention` over a cache: k, v [B, K, T, d]; query i sees keys up to slot q_slots[i] of the T, int32 [B, S]."""
-    mask = jnp.arange(k.shape[2]) <= q_slots[:, None, :, None]
+
+    def seen(slots: Array) -> jax.Array:
+        return jnp.arange(k.shape[2]) <= slots[:, None, :, None]
+
     if _flash(q):
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return _plain(q, k, v, mask, False)
+        return jax.nn.dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=seen(q_slots), implementation="cudnn")
+    return _in_blocks(lambda q, slots: _plain(q, k, v, seen(slots), False), q, q_slots)
+
+
+def _in_blocks(attend: Callable[[jax.Array, Array], jax.Array], q: jax.Array, q_slots: Array) -> jax.Array:
+    """`attend(q, q_slots)` for `QUERY_BLOCK` queries at a time, so that memory does not grow with S x T."""
+    rows, length = q_slots.shape
+    if length <= QUERY_BLOCK:
+        return attend(q, q_slots)
+    padding = -length % QUERY_BLOCK
+
+    def split(x: Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(rows, -1, QUERY_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda block: attend(*block), (split(q), split(q_slots)))
+    return out.swapaxes(0, 1).reshape(rows, -1, *q.shape[2:])[:, :length]
 
 
 def _flash(q: jax.Array) -> bool:
@@ -73,6 +93,11 @@ def attention_after(
 
     Returns [B, S, N, d] in the type of q.
     """
+    return _in_blocks(lambda q, slots: _after(prefix, q, k, v, slots), q, q_slots)
+
+
+def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Array, v: jax.Array, q_slots: Array) -> jax.Array:
+    """`attention_after` with the scores of all queries at once."""
     prefix_k, prefix_v, filled = prefix
     rows, length, heads, dim = q.shape
     groups, kv_heads, shared = prefix_k.shape[:3]

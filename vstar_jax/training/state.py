@@ -97,11 +97,10 @@ def abstract_state(
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     params, frozen = (shaped(s, sharding.state_shardings(s, mesh)) for s in states)
-    step, key = jax.eval_shape(lambda: (jnp.int32(0), jax.random.key(0)))
-    whole = sharding.replicated(mesh)
-    return graphdef, TrainState(
-        *shaped((step, key), (whole, whole)), params, frozen, shaped(*_optimizer_layout(optimizer, params, mesh))
-    )
+    opt_state = shaped(*_optimizer_layout(optimizer, params, mesh))
+    first = jax.eval_shape(lambda: (jnp.int32(0), jax.random.key(0)))
+    step, key = shaped(first, (sharding.replicated(mesh),) * 2)
+    return graphdef, TrainState(step, key, params, frozen, opt_state)
 
 
 def _optimizer_layout(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> tuple[Any, Any]:

@@ -1,0 +1,63 @@
+"""Compiles the programs of a run for a TPU slice that is not there, and says whether they fit and what they cost.
+
+  python scripts/compile.py --model=qwen2.5-vl-7b --topology=v5p:2x2x1 --mesh=4x1 --what=sft
+  python scripts/compile.py --table --cells=runs/scaling
+
+The settings of scripts/train.py go on top of the paper's, such as --policy.lora.rank=16 or --sft.accumulate=2.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from vstar_jax.errors import UserError, run_script
+
+
+def main() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only compiled for; whatever this machine has stays free
+    arguments, flags = _arguments()
+
+    from vstar_jax.config import parse
+    from vstar_jax.scaling import chips, compiler, programs, tables
+
+    if arguments.table:
+        print(tables.run(Path(arguments.cells), Path(__file__), flags))
+        return
+    whole = f"{chips.size(arguments.topology)}x1"
+    config = parse(flags, replace(programs.paper(arguments.model), mesh=whole), f"{__doc__}\n{OPTIONS}")
+    records = compiler.compile_all(config, arguments.model, arguments.topology, arguments.what, flags)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps([r.as_json() for r in records], indent=2) + "\n")
+    if not all(r.fits for r in records):
+        raise UserError(
+            f"{arguments.model} does not fit on {arguments.topology} with mesh {config.mesh}: see above for what would help."
+        )
+
+
+OPTIONS = """Options:
+  --model=tiny                 tiny, qwen2.5-vl-3b or qwen2.5-vl-7b
+  --topology=v5e:2x2           v5e:AxB, v6e:AxB or v5p:AxBxC
+  --what=sft                   sft, rollout or grpo (the reference's log-probabilities and the update)
+  --json=FILE                  writes what is printed as JSON, too
+  --table                      compiles every cell of docs/scaling.md in a process of its own and prints its tables
+  --cells=runs/scaling         folder of the cells' JSON; those that are there are not compiled again
+"""
+
+
+def _arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--what", default="sft")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--cells", default="runs/scaling")
+    return parser.parse_known_args(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_script(main)
