@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -118,9 +119,17 @@ def test_ultralytics_own_batches_of_mixed_sizes_do_change_each_other(held_out) -
     assert alone.shape != mixed.shape or not torch.allclose(alone, mixed, atol=0.1)
 
 
+def test_the_import_leaves_pillow_as_it_was() -> None:
+    assert isolation.ultralytics() is ultralytics
+    assert Image.open.__module__ == "PIL.Image"
+
+
 def test_models_with_different_thresholds_keep_them_under_many_threads(held_out) -> None:
     frames, _ = held_out(3, "cluttered")
-    models = [Yolo(WEIGHTS["pose"], "pose", device="cpu", confidence=value, batch=4) for value in (0.001, 0.5, 0.999)]
+    with closing(Yolo(WEIGHTS["pose"], "pose", device="cpu", confidence=0.001, batch=4)) as yolo:
+        sure = sorted(person.confidence for people in ask(yolo, frames[:4]) for person in people)
+    between = (sure[len(sure) // 2 - 1] + sure[len(sure) // 2]) / 2
+    models = [Yolo(WEIGHTS["pose"], "pose", device="cpu", confidence=value, batch=4) for value in (0.001, between, 0.999)]
     expected = [ask(yolo, frames[:4]) for yolo in models]
     assert len({sum(map(len, people)) for people in expected}) == 3
     with ThreadPoolExecutor(6) as pool:

@@ -24,7 +24,7 @@ def ultralytics() -> ModuleType:
     """The module, imported in isolation; a second call only returns it.
 
     Its settings live in the folder that YOLO_CONFIG_DIR names, else in a temporary one that goes with the process. It would
-    also leave OMP_NUM_THREADS=1 behind; the variable is put back. RuntimeError when somebody imported it unguarded before.
+    also leave OMP_NUM_THREADS=1 and a PIL.Image.open of its own behind; both are put back. RuntimeError when somebody imported it unguarded before.
     """
     if "ultralytics" not in sys.modules:
         _import()
@@ -47,8 +47,12 @@ def _import() -> None:
         os.environ.update(dict.fromkeys(unset, folder))
     threads = os.environ.get("OMP_NUM_THREADS")
     import torch  # noqa: F401  before ultralytics, which would cut it down to one thread
+    from PIL import Image
+
+    opened = Image.open
     from ultralytics import settings
 
     if threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)
+    Image.open = opened  # theirs would install and import a plugin for what is no picture
     settings.update(dict.fromkeys(REPORTERS, False))
