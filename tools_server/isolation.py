@@ -24,7 +24,8 @@ def ultralytics() -> ModuleType:
     """The module, imported in isolation; a second call only returns it.
 
     Its settings live in the folder that YOLO_CONFIG_DIR names, else in a temporary one that goes with the process. It would
-    also leave OMP_NUM_THREADS=1 and a PIL.Image.open of its own behind; both are put back. RuntimeError when somebody imported it unguarded before.
+    also leave OMP_NUM_THREADS=1 and a PIL.Image.open of its own behind; both are put back. RuntimeError when somebody imported
+    it unguarded before.
     """
     if "ultralytics" not in sys.modules:
         _import()
