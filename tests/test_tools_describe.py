@@ -159,6 +159,9 @@ def test_surroundings_are_measured(look: render.Look) -> None:
     assert "One person is seen" in sentences(frames, people(joints))
     assert "bright, plain" in sentences(np.full_like(frames, 220), people(joints))
     assert "dark, plain" in sentences(np.full_like(frames, 20), people(joints))
+    for seed in range(8):
+        frames, joints = clip(seed, look=look)
+        assert {"clean": "plain picture", "cluttered": "busy picture"}[look] in sentences(frames, people(joints))
     noise = np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8)
     assert "half-bright, busy" in sentences(noise, people(joints))
 
