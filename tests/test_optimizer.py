@@ -18,6 +18,27 @@ from vstar_jax.training.state import make_optimizer
 SPREAD = 2.0
 
 
+SHORT = 2e-2  # bfloat16 keeps 8 bits of each moment, and their ratio is what moves a parameter
+
+
+def test_moments_are_kept_in_the_type_asked_for_and_move_parameters_alike() -> None:
+    config = SftConfig(steps=10, warmup=1, learning_rate=1e-3)
+    params = {"layer": {"kernel": jnp.ones((4, 64, 32), jnp.bfloat16)}}
+    grads = [{"layer": {"kernel": jax.random.normal(jax.random.key(n), (4, 64, 32))}} for n in range(3)]
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(config, dtype)
+        state = optimizer.init(params)
+        for grad in grads:
+            update, state = optimizer.update(grad, state, params)
+        kept = [x for x in jax.tree.leaves(state) if x.ndim]
+        assert [x.dtype.name for x in kept] == [dtype] * 2
+        assert update["layer"]["kernel"].dtype == jnp.float32
+        moved[dtype] = np.asarray(update["layer"]["kernel"])
+    difference = np.linalg.norm(moved["bfloat16"] - moved["float32"]) / np.linalg.norm(moved["float32"])
+    assert 0 < difference < SHORT
+
+
 @pytest.fixture(scope="module")
 def updates():
     """Optimizer -> its first update for one random gradient."""

@@ -1,5 +1,7 @@
 """Claims about rollouts: both drivers and all meshes give the same tokens, a shard calls once a turn, groups share a prompt."""
 
+import math
+import re
 import threading
 from dataclasses import replace
 
@@ -16,9 +18,11 @@ from vstar_jax.models.qwen2_5_vl import create
 from vstar_jax.models.text import KVCache
 from vstar_jax.rollout.episode import Rollout, Sampling, episode_keys
 from vstar_jax.rollout.sampler import decode, prefill
-from vstar_jax.sharding import put_batch, state_shardings
+from vstar_jax.rollout.weights import gather, rollout_weights
+from vstar_jax.sharding import mesh_shape, put_batch, state_shardings
 
 PROMPTS, MEMBERS, LIMIT, TURN = 8, 2, 5, 24
+SHORT = 5e-2  # bfloat16: the same products, in a program that is fused otherwise
 LOG_PROB = 1e-5  # float32: the same kernels, compiled in one program or in two
 CACHED = 1e-4  # float32 sums of another order: a shared prefix and an own cache against one cache
 
@@ -66,8 +70,21 @@ class Answers:
         return Turn(batch, following, np.ones(len(episodes), bool))
 
 
-def roll(model, examples, mesh, mode, *, turns=2, members=MEMBERS, temperature=1.0, numbers=None, history="append"):
-    """Completions on the host, and the host itself."""
+def roll(
+    model,
+    examples,
+    mesh,
+    mode,
+    *,
+    turns=2,
+    members=MEMBERS,
+    temperature=1.0,
+    numbers=None,
+    history="append",
+    gathered=False,
+    cache="same",
+):
+    """Completions on the host, and the host itself; gathered: with a copy of the weights that is whole along data."""
     graphdef, state = nnx.split(model)
     host = Answers(anew=history == "replace")
     numbers = list(range(len(examples))) if numbers is None else numbers
@@ -76,8 +93,9 @@ def roll(model, examples, mesh, mode, *, turns=2, members=MEMBERS, temperature=1
     batch = collate([[e] for e in examples], (32,), (32,))
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(state, mesh))
+        state = rollout_weights(state, model.text.dtype.name, mesh) if gathered else state
         sampling = Sampling((LIMIT,), temperature, turns=turns)
-        rollout = Rollout(graphdef, host, TURN, np.zeros(0, np.int32), sampling, mesh, mode, history)
+        rollout = Rollout(graphdef, host, TURN, np.zeros(0, np.int32), sampling, mesh, mode, history, cache)
         replies = rollout(state, put_batch(batch, mesh), starts, episode_keys(3, numbers, members), episodes)
         return jax.device_get(replies), host
 
@@ -109,14 +127,65 @@ def test_with_replaced_history_a_turn_is_answered_as_if_it_stood_alone(model, pr
     assert np.abs(appended.log_probs - alone.log_probs).max() > 100 * LOG_PROB
 
 
-@pytest.mark.parametrize("shape", ["8x1", "4x2", "2x4"])
+@pytest.mark.parametrize("shape", ["8x1", "4x2", "2x4", "2x2x2"])
 def test_the_callback_comes_once_a_shard_and_turn_and_changes_no_token(model, prompts, mesh, shape):
     alone, _ = roll(model, prompts, mesh("1x1"), "segmented")
     spread, host = roll(model, prompts, mesh(shape), "callback")
-    assert [turn for turn, _ in host.calls] == [1] * int(shape.split("x")[0])
+    assert [turn for turn, _ in host.calls] == [1] * math.prod(mesh_shape(shape)[:2])
     assert sorted(n for _, episodes in host.calls for n in episodes) == list(range(PROMPTS * MEMBERS))
     for a, b in zip(alone, spread, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+@pytest.mark.parametrize("shape", ["8x1", "4x2"])
+def test_a_gathered_copy_of_the_weights_changes_no_token(prompts, mesh, shape):
+    """In bfloat16 from float32 parameters, which is where the copy is another one than what training has."""
+    mixed = create(d.ARCHITECTURE, PolicyConfig(dtype="bfloat16"), 0)
+    split, _ = roll(mixed, prompts, mesh(shape), "callback")
+    whole, _ = roll(mixed, prompts, mesh(shape), "callback", gathered=True)
+    for a, b in zip(split, whole, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=SHORT)
+
+
+def test_the_copy_of_the_weights_is_short_and_whole_along_data_and_the_rest_is_no_copy(model, mesh):
+    _, state = nnx.split(create(d.ARCHITECTURE, PolicyConfig(dtype="bfloat16"), 0))
+    on = mesh("4x2")
+    state = jax.device_put(state, state_shardings(state, on))
+    copy = rollout_weights(state, "bfloat16", on)
+    table = copy.text.embedding.get_value()
+    assert table.dtype == jnp.bfloat16
+    assert table.sharding.shard_shape(table.shape) == (table.shape[0] // 2, table.shape[1])
+    again = rollout_weights(copy, "bfloat16", on)
+    assert all(a is b for a, b in zip(jax.tree.leaves(copy), jax.tree.leaves(again), strict=True))
+    assert gather.cache_info().currsize  # a step's copy is not compiled anew
+
+
+def test_a_decoded_token_gathers_no_weight_from_a_copy_that_is_whole(prompts, mesh):
+    """Split over data, all of them would cross the network once a token."""
+    model = create(d.ARCHITECTURE, PolicyConfig(), 0)
+    graphdef, state = nnx.split(model)
+    on, gathers = mesh("8x1"), {}
+    with jax.set_mesh(on):
+        state = jax.device_put(state, state_shardings(state, on))
+        for name, weights in (("split", state), ("gathered", rollout_weights(state, "float32", on))):
+            cache = KVCache.empty(model.text.cfg, PROMPTS, 32, model.text.dtype)
+            arguments = put_batch((np.zeros(PROMPTS, np.int32), np.zeros(PROMPTS, np.int32), np.ones(PROMPTS, bool)), on)
+            step = jax.jit(lambda weights, cache, *a: nnx.merge(graphdef, weights).decode(*a, cache))
+            text = step.lower(weights, cache, *arguments).compile().as_text()
+            gathers[name] = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
+    assert len(gathers["split"]) > 5
+    assert not gathers["gathered"]
+
+
+@pytest.mark.parametrize(("cache", "tolerance"), [("bfloat16", 2e-2), ("float8_e4m3fn", 2e-1)])
+def test_a_shorter_cache_stays_near_the_whole_one(model, prompts, mesh, cache, tolerance):
+    """bfloat16 keeps 8 bits of a number, float8_e4m3fn 4: the log-probabilities of the first reply's first token tell."""
+    whole, _ = roll(model, prompts, mesh("1x1"), "segmented", turns=1)
+    short, _ = roll(model, prompts, mesh("1x1"), "segmented", turns=1, cache=cache)
+    same = whole[0].tokens[:, 0] == short[0].tokens[:, 0]
+    assert same.mean() > 0.9
+    assert 0 < np.abs(whole[0].log_probs - short[0].log_probs)[same, :2].max() < tolerance
 
 
 def test_a_row_writes_the_same_in_any_company(model, prompts, mesh):

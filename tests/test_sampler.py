@@ -1,5 +1,7 @@
 """Claims about decoding: rows keep their own cursor and randomness, stops are kept, truncation is what top-p says."""
 
+from dataclasses import replace
+
 import dialogues as d
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from vstar_jax.batch import collate
 from vstar_jax.config import PolicyConfig
 from vstar_jax.models.qwen2_5_vl import create
 from vstar_jax.models.text import KVCache
+from vstar_jax.rollout import sampler
 from vstar_jax.rollout.sampler import BLOCK, decode, draw, nucleus, prefill, sample
 from vstar_jax.sharding import put_batch, state_shardings
 
@@ -30,7 +33,7 @@ def rows():
     return [d.dialogue(rng, n, clip, n + 2).example for n in (3, 5, 7, 9, 4, 6, 8, 5)]
 
 
-def completions(model, examples, keys, mesh, *, temperature=1.0, stop=(), top_p=1.0):
+def completions(model, examples, keys, mesh, *, temperature=1.0, stop=(), top_p=1.0, slots=32 + LIMIT):
     """Tokens, lengths and log-probs of decoding the examples on a mesh."""
     graphdef, state = nnx.split(model)
     batch = collate([[e] for e in examples], (32,), (64,))
@@ -41,7 +44,7 @@ def completions(model, examples, keys, mesh, *, temperature=1.0, stop=(), top_p=
         @jax.jit
         def run(state, batch):
             model = nnx.merge(graphdef, state)
-            cache = KVCache.empty(model.text.cfg, len(examples), 32 + LIMIT, model.text.dtype)
+            cache = KVCache.empty(model.text.cfg, len(examples), slots, model.text.dtype)
             logits, cache = prefill(model, batch, cache)
             stops = jnp.asarray(stop, jnp.int32)
             return decode(model, logits, starts, cache, keys, stops, limit=LIMIT, temperature=temperature, top_p=top_p)
@@ -83,6 +86,37 @@ def test_a_row_ends_with_its_stop_token_and_the_cache_holds_exactly_what_was_rea
         assert not stopped.tokens[row, length:].any()
         assert filled[row] == len(rows[row].tokens) + length
     assert stopped.lengths[0] < LIMIT
+
+
+@pytest.mark.parametrize("shape", ["1x1", "4x2"])
+def test_a_cache_that_is_read_in_stages_gives_the_same_tokens(model, rows, mesh, monkeypatch, shape):
+    """Of short prompts: their rows write over the end of one stage and into the next."""
+    lengths = [len(row.tokens) for row in rows]
+    few, slots = [rows[n] for n in np.argsort(lengths)[:4]], 4 * (min(lengths) + 2)
+    whole, filled = completions(model, few, keys_of(range(4)), mesh(shape), slots=slots)
+    monkeypatch.setattr(sampler, "SHORTEST", 8)
+    assert sampler.stages(slots) == [slots // 4, slots // 2, slots]
+    assert max(len(row.tokens) for row in few) - 1 > slots // 4 > min(lengths)
+    staged, same = completions(model, few, keys_of(range(4)), mesh(shape), slots=slots)
+    np.testing.assert_array_equal(staged.tokens, whole.tokens)
+    np.testing.assert_allclose(staged.log_probs, whole.log_probs, atol=LOG_PROB)
+    np.testing.assert_array_equal(same, filled)
+
+
+def test_a_short_row_alone_never_reads_the_end_of_a_long_cache(model, rows, monkeypatch):
+    """The last stage's loop does not turn: what lies behind its beginning is as it was."""
+    monkeypatch.setattr(sampler, "SHORTEST", 8)
+    batch = collate([[rows[0]]], (32,), (64,))
+    length = len(rows[0].tokens)
+    cache = KVCache.empty(model.text.cfg, 1, 8 * length, model.text.dtype)
+    logits, cache = prefill(model, batch, cache)
+    marked = replace(cache, values=cache.values.at[..., 4 * length :, :].set(jnp.nan))  # times a weight of 0 it is NaN
+    starts, none = jnp.asarray([rows[0].positions.max() + 1]), jnp.zeros(0, jnp.int32)
+    done, _ = decode(model, logits, starts, marked, keys_of([0]), none, limit=LIMIT, temperature=1.0)
+    assert np.isfinite(done.log_probs).all()
+    monkeypatch.setattr(sampler, "SHORTEST", 1 << 20)
+    done, _ = decode(model, logits, starts, marked, keys_of([0]), none, limit=LIMIT, temperature=1.0)
+    assert not np.isfinite(done.log_probs).all()
 
 
 def test_recorded_log_probs_are_the_policys_on_the_same_tokens(model, rows, mesh):

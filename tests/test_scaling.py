@@ -22,7 +22,7 @@ from vstar_jax.errors import UserError
 from vstar_jax.models import attention
 from vstar_jax.scaling import chips, compiler, programs, report, tables
 from vstar_jax.scaling.collectives import axis_of, collective_bytes, groups
-from vstar_jax.scaling.hlo import Module, flops
+from vstar_jax.scaling.hlo import Module, flops, moved
 
 TOLERANCE = 1e-6  # float32: blocks of queries add nothing up in another order but for fused products
 SMALL = (
@@ -64,6 +64,36 @@ def test_what_a_scanned_loop_sends_and_computes_counts_once_an_iteration(mesh: C
     module = Module(text_of(mesh("8x1"), local, P("data"), 128, 16))
     assert collective_bytes(module, {"data": 8, "model": 1}) == {"data": {"all-reduce": 7 * 2 * 1024 * 7 / 8}}
     assert module.total(flops) == 7 * 2 * 16**3
+
+
+NESTED = """HloModule nested
+
+%inner (stack: f32[4,128], at: s32[]) -> f32[128] {
+  %stack = f32[4,128]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %layer = f32[1,128]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,128}
+  ROOT %flat = f32[128]{0} bitcast(%layer)
+}
+
+%outer (whole: f32[4,128], number: s32[]) -> f32[128] {
+  %whole = f32[4,128]{1,0} parameter(0)
+  %number = s32[] parameter(1)
+  %taken = f32[128]{0} fusion(%whole, %number), kind=kLoop, calls=%inner
+  ROOT %twice = f32[128]{0} add(%taken, %taken)
+}
+
+ENTRY %main (a: f32[4,128], i: s32[]) -> f32[128] {
+  %a = f32[4,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = f32[128]{0} fusion(%a, %i), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_of_a_stack_of_layers_a_fusion_in_a_fusion_reads_the_one_that_it_takes():
+    module = Module(NESTED)
+    assert module.total(moved(module)) == 128 * 4 + 4 + 128 * 4
 
 
 @pytest.mark.parametrize(
@@ -215,7 +245,7 @@ def test_tables_are_made_of_the_cells_that_have_run(tmp_path: Path, mesh: Callab
     config = small()
     (program,) = programs.programs(config, programs.architecture_of("tiny"), mesh("1x1"), "sft")
     found = compiler.compiled(program, identity_of(config, "8x1"), mesh("1x1"), chips.Chip("v5e", 16, 1000))
-    cell = tables.Cell("qwen2.5-vl-3b", "v5e:2x4", "8x1", "sft")
+    cell = tables.Cell("qwen2.5-vl-3b", "v5e:2x4", "8x1", "sft", ("--sft.accumulate=1",))
     cell.path(tmp_path).write_text(json.dumps([found.as_json()]))
     assert not cell.records(tmp_path)[0].fits
     table = tables.markdown(tmp_path)
@@ -233,4 +263,7 @@ def test_the_programs_of_a_run_compile_for_a_tpu_that_is_not_there(what: str):
         assert r.fits
         assert r.flops > 0
         assert set(r.sent) >= {"data", "model"}
-    assert (found[0].cache > 0) == (what == "rollout")
+    if what == "rollout":
+        assert found[0].cache > 0
+        # The copy of the weights is whole along data: not even one of the decoded tokens gathers them.
+        assert sum(found[0].sent["data"].values()) < found[0].parts["weights"]

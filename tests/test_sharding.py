@@ -29,7 +29,7 @@ TOLERANCE = 1e-5  # relative, float32: devices add the same numbers up in anothe
 BF16_TOLERANCE = 2e-2  # bfloat16 keeps 8 bits, and a loss averages over many roundings
 
 TOKENS, CHUNK = 24, 8
-MESHES = ("8x1", "4x2", "2x4", "1x8")
+MESHES = ("8x1", "4x2", "2x4", "1x8", "2x4x1", "2x2x2")
 
 SPLIT = {
     "text.embedding": ("model", "data"),
@@ -156,7 +156,7 @@ def test_every_parameter_has_a_gradient():
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_parameters_are_split_as_the_table_says(mesh):
-    data, model = mesh_shape(mesh)
+    _, data, model = mesh_shape(mesh)
     params = step_on(mesh).params
     assert params.keys() >= SPLIT.keys()
     for name, array in params.items():
@@ -175,9 +175,11 @@ def test_a_device_holds_its_part_of_the_bytes_and_no_more(mesh):
     """The compiled program's own account: parameters, optimizer state and batch on one device."""
     one, many = step_on("1x1"), step_on(mesh)
     assert many.argument_bytes == pytest.approx(many.held, rel=0.01)
-    model = mesh_shape(mesh)[1]
-    # Tensor parallelism alone keeps the batch and this tiny model's patch embedding whole; FSDP splits nearly everything.
-    assert many.argument_bytes < one.argument_bytes * (1.1 / 8 if model == 1 else 0.5)
+    model = mesh_shape(mesh)[-1]
+    # Tensor parallelism alone keeps the batch and this tiny model's patch embedding whole, and replicas keep parameters;
+    # FSDP splits nearly everything.
+    whole = model > 1 or mesh_shape(mesh)[0] > 1
+    assert many.argument_bytes < one.argument_bytes * (0.5 if whole else 1.1 / 8)
 
 
 def test_one_device_needs_no_collective():
@@ -212,7 +214,7 @@ def test_tensor_parallelism_sums_activations_and_gathers_no_parameter():
 
 @pytest.mark.parametrize("mesh", ["4x2", "2x4"])
 def test_a_mixed_mesh_gathers_over_data_and_sums_over_both(mesh):
-    data, model = mesh_shape(mesh)
+    _, data, model = mesh_shape(mesh)
     kinds = {(kind, size) for kind, size, _ in collectives(step_on(mesh).hlo)}
     assert ("all-gather", data) in kinds
     assert ("all-reduce", model) in kinds
@@ -224,11 +226,27 @@ def test_the_vocabulary_is_gathered_and_its_gradient_summed_outside_the_loop_ove
     architecture = d.ARCHITECTURE.text
     assert CHUNK < TOKENS  # there is a loop
     for mesh in ("8x1", "4x2", "2x4"):
-        vocab = architecture.vocab // mesh_shape(mesh)[1]
+        vocab = architecture.vocab // mesh_shape(mesh)[-1]
         lines = [line for line in step_on(mesh).hlo.splitlines() if COLLECTIVE.search(line)]
         large = [line for line in lines if f"f32[{vocab},{architecture.hidden}]" in line]
         assert large
         assert not [line for line in large if "/while/body" in line]
+
+
+def test_each_device_keeps_its_part_of_the_vocabularys_gradient():
+    """By a reduce-scatter: an all-reduce would send twice as much, and hold the whole gradient once more."""
+    vocab, width = d.ARCHITECTURE.text.vocab, d.ARCHITECTURE.text.hidden
+    found = list(collectives(step_on("8x1").hlo))
+    assert [size for kind, size, result in found if kind == "reduce-scatter" and f"f32[{vocab},{width // 8}]" in result]
+    assert not [kind for kind, _, result in found if kind == "all-reduce" and f"f32[{vocab},{width}]" in result]
+
+
+def test_replicas_gather_nothing_from_each_other():
+    """Parameters are gathered along data, and only their gradients' parts are summed over replicas."""
+    vocab, width = d.ARCHITECTURE.text.vocab, d.ARCHITECTURE.text.hidden
+    found = list(collectives(step_on("2x4x1").hlo))
+    assert {size for kind, size, _ in found if kind in ("all-gather", "reduce-scatter")} == {4}
+    assert [size for kind, size, result in found if kind == "all-reduce" and f"f32[{vocab},{width // 4}]" in result] == [2]
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -255,8 +273,8 @@ def test_heads_that_the_model_axis_does_not_divide_are_refused():
     check_mesh(d.ARCHITECTURE, make_mesh("1x8"))
 
 
-@pytest.mark.parametrize("text", ["8", "0x1", "2x", "axb", "2x2x2"])
-def test_a_mesh_that_is_not_two_numbers_is_refused(text):
+@pytest.mark.parametrize("text", ["8", "0x1", "2x", "axb", "2x2x2x2"])
+def test_a_mesh_that_is_not_two_or_three_numbers_is_refused(text):
     with pytest.raises(UserError, match="write DATAxMODEL"):
         make_mesh(text)
 
@@ -277,5 +295,5 @@ def test_activations_are_pinned_under_a_mesh_and_left_alone_without():
     assert jax.jit(pin)(x).sharding.is_fully_replicated
     mesh = make_mesh("4x2")
     with jax.set_mesh(mesh):
-        assert jax.jit(pin)(x).sharding.spec == PartitionSpec("data", None, "model")
+        assert jax.jit(pin)(x).sharding.spec == PartitionSpec(("replica", "data"), None, "model")
     assert put_batch(x, mesh).sharding == batch_sharding(mesh)

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,10 @@ def test_a_rendered_file_is_close_to_what_was_drawn_and_the_same_again(tmp_path:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Records]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vstar_jax.data.builders.stick_motion.TEST_CLIPS", {"base_test": 1, "novel_test": 1})
-        builder = prepare(tmp_path_factory.mktemp("data"), "mixed", 1, 0)
+        folder = tmp_path_factory.mktemp("data")
+        with ThreadPoolExecutor(2) as pool:  # as two runs do that are started at once: one must wait for the other
+            builder, same = pool.map(lambda _: prepare(folder, "mixed", 1, 0), range(2))
+    assert builder.data_dir == same.data_dir
     return {split: Records(builder, split) for split in ("train", "base_test", "novel_test")}
 
 

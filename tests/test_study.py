@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vstar_jax.config import Config, parse
 from vstar_jax.evaluation.published import TABLE_3, TABLE_4
 from vstar_jax.training import study
 from vstar_jax.training.study import FOLDER, ROWS, Row, measured, result_of, row_config, write_report
@@ -42,6 +43,13 @@ def test_rows_that_learn_the_same_by_sft_share_it_and_others_do_not():
     for name in ("without_tools", "without_sub_motions", "without_pose", "without_explanation", "assessed", "not_assessed"):
         assert name not in same
     assert study._learned(row_config(FULL, 1, Path("runs")), Path("runs")) != full
+
+
+@pytest.mark.parametrize("r", [r for r in ROWS if r.counterfactual], ids=lambda r: r.name)
+def test_the_evaluation_of_a_counterfactual_row_is_told_its_tools(r):
+    config = row_config(r, 0, Path("runs"), ("--tools.url=http://127.0.0.1:8765",))
+    told = parse(study.tool_flags(config), row_config(FULL, 0, Path("runs")))
+    assert told.tools == config.tools != Config().tools
 
 
 def finished(runs: Path, name: str, seed: int, base: float, novel: float, assessment: dict | None = None) -> None:

@@ -16,6 +16,7 @@ from vstar_jax import settings
 from vstar_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
+CacheDType = Literal["same", "bfloat16", "float8_e4m3fn"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class PolicyConfig:
     Args:
         path: model directory with config.json, safetensors and tokenizer files.
         dtype: type of activations and matrix products.
-        param_dtype: type in which parameters are kept and updated.
+        param_dtype: type in which parameters are kept and updated; float32 under bfloat16 activations is what is called master
+            weights. Adapters are float32 always.
+        moment_dtype: type in which the optimizer keeps its moments between steps; it computes in float32.
         remat: what the backward pass recomputes: nothing, all but matrix products, or whole layers.
         lora: low-rank adapters.
     """
@@ -48,6 +51,7 @@ class PolicyConfig:
     path: str = "vstar_jax/assets/stick-motion-base"
     dtype: DType = "float32"
     param_dtype: DType = "float32"
+    moment_dtype: DType = "float32"
     remat: Literal["none", "dots", "full"] = "dots"
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -252,6 +256,9 @@ class RolloutConfig:
         max_new_tokens: most tokens of the replies in their order; the last holds for all later ones.
         turn_tokens: tokens that a later turn's input is padded to.
         deadline: seconds that the tools of a turn may take.
+        weights: read a copy of the parameters in policy.dtype that is whole along the mesh's data axis (gathered), or where
+            they lie (split), which needs less memory and, on several devices, gathers them for every token.
+        cache: type of the keys and values that are kept: that of activations, or a shorter one.
     """
 
     mode: Literal["callback", "segmented"] = "callback"
@@ -260,6 +267,8 @@ class RolloutConfig:
     max_new_tokens: tuple[int, ...] = (48, 128)
     turn_tokens: int = 192
     deadline: float = 10.0
+    weights: Literal["gathered", "split"] = "gathered"
+    cache: CacheDType = "same"
 
 
 @dataclass(frozen=True)
@@ -322,7 +331,8 @@ class Config:
     Args:
         seed: everything random in a run follows from it.
         run_dir: where the run writes; a run that was interrupted resumes there.
-        mesh: devices as DATAxMODEL: batch and parameters are split over DATA, heads and widths over MODEL.
+        mesh: devices as DATAxMODEL: batch and parameters are split over DATA, heads and widths over MODEL; REPLICASxDATAxMODEL
+            splits the batch over replicas, too, and repeats the parameters in each.
         profile: trace three steps of each phase into the run directory, for TensorBoard and Perfetto.
         policy: the model.
         video: frames and patches.
@@ -485,8 +495,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"rollout.max_new_tokens is {limits}, but must be positive, one number for each reply, such as [48, 128]."
         )
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.mesh):
-        raise UserError(f"mesh is {config.mesh!r}, but must be DATAxMODEL with two positive numbers, such as 8x1 or 4x2.")
+    if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*x[1-9]\d*", config.mesh):
+        raise UserError(
+            f"mesh is {config.mesh!r}, but must be DATAxMODEL with two positive numbers, such as 8x1 or 4x2, or "
+            "REPLICASxDATAxMODEL with three."
+        )
     distributed = config.distributed
     if distributed.process >= distributed.processes:
         raise UserError(

@@ -28,6 +28,7 @@ from vstar_jax.errors import UserError
 from vstar_jax.evaluation.checkpoint import restore
 from vstar_jax.rollout.episode import Sampling
 from vstar_jax.rollout.player import Played, Player
+from vstar_jax.sharding import row_devices
 from vstar_jax.tools.host import Exchange, Tools
 from vstar_jax.tools.launch import open_tools, serve
 from vstar_jax.tools.protocol import SENTENCES, clean
@@ -152,9 +153,9 @@ def watch(
     with _tools(config, folder, meanings) as tools:
         seconds["server"] = time.perf_counter() - started
         prompts = Prompts.load(resolve(config.data.prompts))
-        player = Player(graphdef, chat, prompts, tools, config, mesh, sampling, rows=mesh.shape["data"])
+        player = Player(graphdef, chat, prompts, tools, config, mesh, sampling, rows=row_devices(mesh))
         with _timed(seconds, "policy"), _compiling(seconds):
-            (played,) = player.play(state, [episode], [0])
+            (played,) = player.play(player.weights(state), [episode], [0])
     seconds["tools"] = player.seconds["tools"]
     seconds["policy"] -= seconds["compile"] + seconds["tools"]
     exchanges = (player.host.exchanges.get((0, turn)) for turn in range(1, len(played.turns)))

@@ -58,6 +58,7 @@ def evaluate(
     predictions = list(journal.predictions) if journal else []
     if [(p.group, p.clip) for p in predictions] != [(group, record.name) for group, record in records[: len(predictions)]]:
         raise UserError("the clips have changed since this evaluation was begun: give another --out, or remove what is there.")
+    state = player.weights(state)
     numbered, size = list(enumerate(records)), config.evaluation.batch_size
     own = local_rows(mesh, size)
     done, right = told((len(predictions), sum(p.correct for p in predictions)))

@@ -102,13 +102,20 @@ def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Arra
     rows, length, heads, dim = q.shape
     groups, kv_heads, shared = prefix_k.shape[:3]
     members, repeats = rows // groups, heads // kv_heads
+
+    def pinned(x: jax.Array) -> jax.Array:
+        # Rows are regrouped on each device: left to itself, the compiler moves the scores of all heads from device to device.
+        return sharding.constrain(x, "batch", "kv_heads", *(None,) * (x.ndim - 2))
+
     queries = (q * dim**-0.5).reshape(rows, length, kv_heads, repeats, dim).transpose(0, 2, 3, 1, 4)
-    by_row = queries.reshape(rows, kv_heads, repeats * length, dim)
-    by_group = queries.reshape(groups, members, kv_heads, -1, dim).swapaxes(1, 2).reshape(groups, kv_heads, -1, dim)
+    by_row = pinned(queries.reshape(rows, kv_heads, repeats * length, dim))
+    by_group = by_row.reshape(groups, members, kv_heads, -1, dim).swapaxes(1, 2)
+    by_group = pinned(pinned(by_group).reshape(groups, kv_heads, -1, dim))
 
     ahead = jnp.einsum("bkqd,bktd->bkqt", by_group, prefix_k, preferred_element_type=jnp.float32)
     ahead = jnp.where((jnp.arange(shared) < filled[:, None])[:, None, None], ahead, HIDDEN)
-    ahead = ahead.reshape(groups, kv_heads, members, -1, shared).swapaxes(1, 2).reshape(rows, kv_heads, -1, shared)
+    ahead = pinned(ahead.reshape(groups, kv_heads, members, -1, shared))
+    ahead = pinned(ahead.swapaxes(1, 2).reshape(rows, kv_heads, -1, shared))
     own = jnp.einsum("bkqd,bktd->bkqt", by_row, k, preferred_element_type=jnp.float32)
     seen = jnp.tile(jnp.arange(k.shape[2]) <= q_slots[:, :, None], (1, repeats, 1))[:, None]
     own = jnp.where(seen, own, HIDDEN)
@@ -117,9 +124,10 @@ def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Arra
     ahead, own = jnp.exp(ahead - top), jnp.exp(own - top)
     total = ahead.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
     ahead, own = (ahead / total).astype(v.dtype), (own / total).astype(v.dtype)
-    by_group = ahead.reshape(groups, members, kv_heads, -1, shared).swapaxes(1, 2).reshape(groups, kv_heads, -1, shared)
-    out = (by_group @ prefix_v).reshape(groups, kv_heads, members, -1, dim).swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)
-    out += own @ v
+    by_group = pinned(ahead.reshape(groups, members, kv_heads, -1, shared).swapaxes(1, 2))
+    by_group = pinned(by_group.reshape(groups, kv_heads, -1, shared))
+    out = pinned((by_group @ prefix_v).reshape(groups, kv_heads, members, -1, dim))
+    out = pinned(out.swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)) + own @ v
     return out.reshape(rows, kv_heads, repeats, length, dim).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
 
 

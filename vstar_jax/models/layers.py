@@ -62,8 +62,8 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
 
     def add_lora(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
-        """Adds a low-rank path that starts at zero (Hu et al., 2021)."""
-        split, dtype = len(self.inputs), self.kernel.get_value().dtype
+        """Adds a low-rank path that starts at zero (Hu et al., 2021), in float32: it is small, and it is what is trained."""
+        split, dtype = len(self.inputs), jnp.dtype(jnp.float32)
         std = 1 / math.sqrt(math.prod(self.inputs))
         self.lora_a = parameter(rngs, (*self.inputs, rank), (*self.axes[:split], None), dtype, std, self.stack, LoraParam)
         self.lora_b = parameter(rngs, (rank, *self.outputs), (None, *self.axes[split:]), dtype, None, self.stack, LoraParam)

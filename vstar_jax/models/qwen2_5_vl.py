@@ -35,7 +35,9 @@ class Qwen25VL(nnx.Module):
 
     def embed(self, tokens: Array, visual_index: Array, visual: jax.Array | None) -> jax.Array:
         """Token embeddings [B, S, D], with visual[b, visual_index[b, s]] where the index is not -1."""
-        x = self.text.embed(tokens)
+        return self._with_pictures(self.text.embed(tokens), visual_index, visual)
+
+    def _with_pictures(self, x: jax.Array, visual_index: Array, visual: jax.Array | None) -> jax.Array:
         if visual is None:
             return x
         placed = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[:, :, None], axis=1)
@@ -44,7 +46,7 @@ class Qwen25VL(nnx.Module):
     def hidden(self, batch: Batch, *, packed: bool = False) -> jax.Array:
         """Hidden states [B, S, D] of a batch; `packed` says that rows hold several dialogues, kept apart by segment."""
         visual = None if batch.vision is None else self.encode(batch.vision)
-        x = self.embed(batch.tokens, batch.visual_index, visual)
+        x = self._with_pictures(self.text.embed_by_width(batch.tokens), batch.visual_index, visual)
         return self.text(x, batch.positions, batch.segments if packed else None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -42,6 +42,25 @@ class KVCache:
         widths = ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))
         return replace(self, keys=jnp.pad(self.keys, widths), values=jnp.pad(self.values, widths))
 
+    @property
+    def slots(self) -> int:
+        """Slots T of each row, filled or not."""
+        return jax.tree.leaves(self.keys)[0].shape[-2]
+
+    def first(self, slots: int) -> "KVCache":
+        """The same rows with their first `slots` slots alone."""
+        keys, values = (jax.tree.map(lambda x: x[..., :slots, :], x) for x in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def with_first(self, part: "KVCache") -> "KVCache":
+        """The same cache after tokens were appended to `part`, its first slots."""
+
+        def put(whole: jax.Array, first: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(whole, first, (0,) * whole.ndim)
+
+        keys, values = (jax.tree.map(put, a, b) for a, b in ((self.keys, part.keys), (self.values, part.values)))
+        return replace(self, keys=keys, values=values, lengths=part.lengths)
+
     def by_layer(self) -> "KVCache":
         """The same cache with an array for each layer: a step then reads it where it lies, and the layers are unrolled."""
         prefix = self.prefix and self.prefix.by_layer()
@@ -105,6 +124,14 @@ class TextModel(nnx.Module):
         """int32 [B, S] -> [B, S, D]."""
         return constrain(self.embedding[...][tokens].astype(self.dtype), "batch", None, None)
 
+    def embed_by_width(self, tokens: Array) -> jax.Array:
+        """`embed` where every device looks its own part of the width up for all rows, and rows are exchanged for widths.
+
+        What is sent is of the size of the activations: neither the table nor its gradient is ever whole on a device.
+        """
+        x = self.embedding[...][constrain(jnp.asarray(tokens), "replica", None)].astype(self.dtype)
+        return constrain(constrain(x, "replica", None, "embed"), "batch", None, None)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         if self.lm_head is not None:
@@ -145,14 +172,12 @@ class TextModel(nnx.Module):
         """
         cos, sin = self._angles(positions)
         slots = cache.lengths[:, None] + jnp.arange(x.shape[1])
-        rows = jnp.arange(x.shape[0])[:, None]
         prefix = cache.prefix
 
         def append(layer: DecoderLayer, x, keys, values, at, ahead):
             """One layer; at: the index of the layer in keys and values, () where they are its own."""
             q, k, v = layer.project(x, cos, sin)
-            keys = keys.at[(*at, rows, slice(None), slots)].set(k.astype(keys.dtype), mode="drop")
-            values = values.at[(*at, rows, slice(None), slots)].set(v.astype(values.dtype), mode="drop")
+            keys, values = _stored(keys, k, slots, at), _stored(values, v, slots, at)
             own = keys[at].astype(q.dtype), values[at].astype(q.dtype)
             out = attention_cached(q, *own, slots) if ahead is None else attention_after(ahead, q, *own, slots)
             return layer.finish(x, out), keys, values
@@ -180,3 +205,17 @@ class TextModel(nnx.Module):
 
     def _angles(self, positions: Array) -> tuple[jax.Array, jax.Array]:
         return rope.mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)
+
+
+def _stored(cache: jax.Array, new: jax.Array, slots: Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    """A layer's keys or values [B, K, T, d], or those of all layers [L, B, K, T, d] with `at` the layer's index, with
+    new [B, S, K, d] in the slots int32 [B, S] of each row; slots behind the last one are left out.
+
+    By rows, so that the compiler knows that no row's new ones are for another device.
+    """
+
+    def stored(cache: jax.Array, new: jax.Array, slots: Array) -> jax.Array:
+        new = new if at else new.swapaxes(0, 1)  # two indices with heads between them put slots first, one leaves them
+        return cache.at[(*at, slice(None), slots)].set(new, mode="drop")
+
+    return jax.vmap(stored, (len(at), 0, 0), len(at))(cache, new.astype(cache.dtype), slots)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vstar_jax.models.text import TextModel
-from vstar_jax.sharding import map_over_data
+from vstar_jax.sharding import map_over_rows
 
 
 def per_token(
@@ -31,10 +31,10 @@ def per_token(
     def join(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
 
-    graphdef, weights = nnx.split(text)
+    graphdef, head, *rest = nnx.split(text, _is_head, ...)
 
-    def values(weights: Any, rows: tuple[jax.Array, jax.Array]) -> Any:
-        whole = nnx.merge(graphdef, weights)
+    def values(head: Any, rows: tuple[jax.Array, jax.Array]) -> Any:
+        whole = nnx.merge(graphdef, head, *rest)
 
         @jax.checkpoint
         def one_chunk(slices: tuple[jax.Array, jax.Array]) -> Any:
@@ -43,4 +43,9 @@ def per_token(
 
         return jax.tree.map(join, jax.lax.map(one_chunk, jax.tree.map(split, rows)))
 
-    return map_over_data(values, weights, (hidden, targets))
+    return map_over_rows(values, head, (hidden, targets))
+
+
+def _is_head(path: Any, _: Any) -> bool:
+    """Whether a parameter is of those that `TextModel.logits` reads."""
+    return path[0] in ("embedding", "lm_head")

@@ -21,9 +21,11 @@ from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
 from vstar_jax.batch import Batch, Turn, Vision
+from vstar_jax.config import CacheDType
+from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.models.text import KVCache
 from vstar_jax.rollout.sampler import Completion, decode, prefill
-from vstar_jax.sharding import fetch_batch, put_batch
+from vstar_jax.sharding import ROWS, fetch_batch, put_batch, row_devices
 
 Mode = Literal["callback", "segmented"]
 History = Literal["append", "replace"]
@@ -75,14 +77,19 @@ class Rollout:
         mesh: Mesh,
         mode: Mode,
         history: History = "append",
+        cache_dtype: CacheDType = "same",
     ):
         """graphdef: the policy's; host: see `Host`; turn_tokens: tokens S of the input of a later turn; stop_ids int32 [n];
-        history: whether a later turn goes on after what was before, or forgets it.
+        history: whether a later turn goes on after what was before, or forgets it; cache_dtype: of keys and values.
         """
         self.host, self.mesh, self.mode, self.sampling = host, mesh, mode, sampling
         self.seconds: dict[str, float] = {}
         self._marks: list[tuple[float, str]] = []
         stops = jnp.asarray(stop_ids, jnp.int32)
+
+        def empty(model: Qwen25VL, rows: int, slots: int) -> KVCache:
+            dtype = model.text.dtype if cache_dtype == "same" else jnp.dtype(cache_dtype)
+            return KVCache.empty(model.text.cfg, rows, slots, dtype)
 
         def encode(state, vision: Vision):
             return nnx.merge(graphdef, state).encode(vision)
@@ -90,8 +97,7 @@ class Rollout:
         def prompts(state, batch: Batch, visual):
             model = nnx.merge(graphdef, state)
             rows, length = batch.tokens.shape
-            cache = KVCache.empty(model.text.cfg, rows, length, model.text.dtype)
-            return prefill(model, batch, cache, visual)
+            return prefill(model, batch, empty(model, rows, length), visual)
 
         def turn(state, batch: Batch, visual, cache: KVCache, number: int):
             model = nnx.merge(graphdef, state)
@@ -99,7 +105,7 @@ class Rollout:
             if history == "append":
                 cache = cache.grown(length + sampling.limit(number))
             else:
-                cache = KVCache.empty(model.text.cfg, rows, length + sampling.limit(number), model.text.dtype)
+                cache = empty(model, rows, length + sampling.limit(number))
             return prefill(model, batch, cache, visual)
 
         def begun(state, logits, positions, prefix: KVCache, keys):
@@ -224,13 +230,13 @@ def turn_shapes(prompts: Batch, tokens: int) -> Turn:
 
 
 def ask(host: Host, like: Turn, number: int, episodes: jax.Array, completion: Completion, positions: jax.Array) -> Turn:
-    """Calls the host once for every shard of the data axis, in the middle of a jitted program; like: see `turn_shapes`.
+    """Calls the host once for every shard of the batch, in the middle of a jitted program; like: see `turn_shapes`.
 
     A callback under `shard_map` runs on every device: the replicas along the model axis are kept from it by a branch, in which
     no collective may stand, and get the answer by a sum of which theirs is zero.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows = episodes.shape[0] // mesh.shape["data"]
+    rows = episodes.shape[0] // row_devices(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), like)
 
     # A row of each is one axis: lowered for TPU under shard_map, the results of a callback must all be of one rank.
@@ -250,7 +256,7 @@ def ask(host: Host, like: Turn, number: int, episodes: jax.Array, completion: Co
         answer = jax.tree.map(lambda x, s: x.reshape(s.shape), answer, shapes)
         return jax.tree.map(lambda x: jax.lax.psum(x, "model") if x.dtype != bool else jax.lax.pmax(x, "model"), answer)
 
-    by_row = PartitionSpec("data")
+    by_row = PartitionSpec(ROWS)
     arguments = (episodes, completion.tokens, completion.lengths, positions)
     return jax.shard_map(local, in_specs=(by_row,) * 4, out_specs=by_row, check_vma=False)(*arguments)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,6 +18,7 @@ from vstar_jax.distributed import largest
 from vstar_jax.errors import UserError
 from vstar_jax.rollout.episode import PHASES, Rollout, Sampling, episode_keys
 from vstar_jax.rollout.sampler import Completion
+from vstar_jax.rollout.weights import rollout_weights
 from vstar_jax.sharding import fetch_batch, local_rows, put_batch
 from vstar_jax.tools.host import Host, Layout, Tools
 from vstar_jax.tools.protocol import Status
@@ -47,8 +49,8 @@ class Player:
     """The policy as a function from episodes to what is played, G members of each, at most `rows` episodes at a time.
 
     Of several processes each plays those of its own rows. host: has the counts of the last call's tools; seconds: how long each
-    phase of all calls took, data (prompts and pictures) and those of `Rollout`; `shape` tokens and patches that hold any row of
-    the last call.
+    phase of all calls took, data (prompts and pictures), weights (their copy) and those of `Rollout`; `shape` tokens and
+    patches that hold any row of the last call.
     """
 
     def __init__(
@@ -74,11 +76,28 @@ class Player:
             chat, prompts, config.data.dialect, self.replaces, tools, rollout.deadline, offered=config.tools.offered
         )
         self.rollout = Rollout(
-            graphdef, self.host, rollout.turn_tokens, chat.stop_ids, sampling, mesh, rollout.mode, rollout.history
+            graphdef,
+            self.host,
+            rollout.turn_tokens,
+            chat.stop_ids,
+            sampling,
+            mesh,
+            rollout.mode,
+            rollout.history,
+            rollout.cache,
         )
-        self.seconds = dict.fromkeys(("data", *PHASES), 0.0)
+        self.seconds = dict.fromkeys(("data", "weights", *PHASES), 0.0)
         self.shape = (0, 0)
         self._filler: Example | None = None
+
+    def weights(self, state: Any) -> Any:
+        """What `play` is best given: the policy's state as `rollout.weights` says, for all plays until the next update."""
+        if self.config.rollout.weights == "split":
+            return state
+        started = time.perf_counter()
+        copy = jax.block_until_ready(rollout_weights(state, self.config.policy.dtype, self.mesh))
+        self.seconds["weights"] += time.perf_counter() - started
+        return copy
 
     def play(self, state: Any, episodes: Sequence[Episode], numbers: Sequence[int]) -> list[Played]:
         """Plays each episode `members` times, those of an episode side by side.

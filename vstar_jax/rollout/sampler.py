@@ -17,6 +17,8 @@ from vstar_jax.models.text import KVCache
 
 BLOCK = 64
 """Weights that `draw` sums at a time."""
+SHORTEST, STAGES = 1024, 3
+"""Fewest slots, and most sizes, of the part of a cache that `decode` reads: see `stages`."""
 BELOW = 1 - 2.0**-22
 """Keeps a point under the sum of the weights, so that no index of weight 0 is drawn."""
 
@@ -64,6 +66,8 @@ def decode(
 ) -> tuple[Completion, KVCache]:
     """Samples until every row has stopped or has `limit` tokens.
 
+    A long cache is read in stages: what is empty at its end costs nothing until some row that still writes comes near it.
+
     Args:
         model: the policy.
         logits: float32 [B, V] after the prompt.
@@ -81,10 +85,6 @@ def decode(
     unrolled = sharding.platform() != "tpu"
     layers, cache = (model.text.each_layer(), cache.by_layer()) if unrolled else (None, cache)
 
-    def more(carry):
-        at, done = carry[0], carry[1]
-        return (at < limit) & ~done.all()
-
     def step(carry):
         at, done, logits, positions, cache, completion = carry
         token, log_prob = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at), temperature, top_p)
@@ -99,13 +99,37 @@ def decode(
 
     empty = Completion(jnp.zeros((rows, limit), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, limit), jnp.float32))
     done = jnp.zeros(rows, bool) if active is None else ~active
-    start = (jnp.int32(0), done, logits, positions, cache, empty)
-    *_, cache, completion = jax.lax.while_loop(more, step, start)
+    carry = (jnp.int32(0), done, logits, positions, cache, empty)
+    for slots in stages(cache.slots):
+        last = slots == cache.slots
+
+        def more(carry, slots=slots, last=last):
+            at, done, *_, part, _ = carry
+            room = last or jnp.where(done, 0, part.lengths).max() < slots
+            return (at < limit) & ~done.all() & room
+
+        *head, cache, completion = carry
+        part = cache if last else cache.first(slots)
+        *head, part, completion = jax.lax.while_loop(more, step, (*head, part, completion))
+        carry = (*head, part if last else cache.with_first(part), completion)
+    *_, cache, completion = carry
     return completion, cache.stacked() if unrolled else cache
+
+
+def stages(slots: int) -> list[int]:
+    """How many of a cache's slots decoding reads, one size after the other: all at last, and halves before as long as they
+    are worth a loop of their own.
+    """
+    sizes = [slots]
+    while len(sizes) < STAGES and sizes[0] >= 2 * SHORTEST:
+        sizes.insert(0, -(-sizes[0] // 2))
+    return sizes
 
 
 def sample(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:
     """One token int32 [B] from logits [B, V] and its log-probability float32 [B] under the untruncated policy."""
+    # Whole on each device: split over a vocabulary, the sums below would send each intermediate of this size.
+    logits = sharding.constrain(logits, "batch", None)
     log_probs = jax.nn.log_softmax(logits / temperature if temperature else logits)
     if not temperature:
         token = jnp.argmax(log_probs, axis=-1)

@@ -1,5 +1,6 @@
 """Compiles programs ahead of time, one after the other, and prints a page for each as soon as it is known."""
 
+import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,10 +24,10 @@ def compile_all(config: Config, model: str, topology: str, what: str, flags: Seq
     suit the model.
     """
     chip = chips.chip_of(topology)
-    data, axis = sharding.mesh_shape(config.mesh)
-    if data * axis != (count := chips.size(topology)):
+    devices = math.prod(sharding.mesh_shape(config.mesh))
+    if devices != (count := chips.size(topology)):
         raise UserError(
-            f"mesh {config.mesh} is of {data * axis} devices and {topology} has {count}: choose a mesh DxM with D times "
+            f"mesh {config.mesh} is of {devices} devices and {topology} has {count}: choose a mesh DxM with D times "
             f"M = {count}, such as {count}x1."
         )
     if what not in WHATS:

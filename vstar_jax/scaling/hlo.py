@@ -76,6 +76,15 @@ class Computation:
         found = (i for i in self.instructions.values() if i.opcode == "parameter")
         return {int(i.arguments): i for i in found}
 
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Name -> the instructions that have it as an operand."""
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                found.setdefault(name, []).append(instruction)
+        return found
+
     def operands(self, instruction: Instruction) -> list[Instruction]:
         return [self.instructions[name] for name in instruction.operands if name in self.instructions]
 
@@ -291,7 +300,7 @@ def moved(module: Module) -> Callable[[Visit], float]:
         if instruction.opcode == "fusion":
             body = instruction.called("calls")[0]
             if body not in cache:
-                cache[body] = _fusion_bytes(module.computations[body])
+                cache[body] = _fusion_bytes(module, module.computations[body])
             return cache[body]
         return _touched(instruction, operands)
 
@@ -306,27 +315,7 @@ def _touched(instruction: Instruction, operands: list[Instruction]) -> float:
     return float(instruction.bytes + sum(o.bytes for o in operands))
 
 
-def _fusion_bytes(body: Computation) -> float:
-    users: dict[str, list[Instruction]] = {name: [] for name in body.instructions}
-    for instruction in body.instructions.values():
-        for name in instruction.operands:
-            if name in users:
-                users[name].append(instruction)
-
-    def read(name: str) -> float:
-        """What is read of an array inside the fusion: slices alone, when nobody takes more of it."""
-        total = 0.0
-        for user in users[name]:
-            if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
-                total += user.bytes
-            elif (user.opcode in UPDATES and user.operands[0] == name) or _asynchronous(user):
-                continue
-            elif user.opcode == "bitcast":
-                total += read(user.name)
-            else:
-                return float(body.instructions[name].bytes)
-        return min(total, float(body.instructions[name].bytes))
-
+def _fusion_bytes(module: Module, body: Computation) -> float:
     def written(instruction: Instruction) -> float:
         if instruction.opcode == "bitcast" or instruction.opcode == "tuple":
             return sum(written(o) for o in body.operands(instruction))
@@ -336,4 +325,23 @@ def _fusion_bytes(body: Computation) -> float:
             return 0.0
         return float(instruction.bytes)
 
-    return sum(read(p.name) for p in body.parameters.values()) + (written(body.root) if body.root else 0.0)
+    return sum(_read(module, body, p) for p in body.parameters.values()) + (written(body.root) if body.root else 0.0)
+
+
+def _read(module: Module, body: Computation, array: Instruction) -> float:
+    """Bytes that are read of an array inside a fusion, and inside fusions in it: slices alone, when nobody takes more of it."""
+    total, whole = 0.0, float(array.bytes)
+    for user in body.users.get(array.name, ()):
+        if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == array.name:
+            total += user.bytes
+        elif (user.opcode in UPDATES and user.operands[0] == array.name) or _asynchronous(user):
+            continue
+        elif user.opcode == "bitcast":
+            total += _read(module, body, user)
+        elif user.opcode == "fusion":
+            inner = module.computations[user.called("calls")[0]]
+            places = [n for n, name in enumerate(user.operands) if name == array.name]
+            total += sum(_read(module, inner, inner.parameters[n]) for n in places)
+        else:
+            return whole
+    return min(total, whole)

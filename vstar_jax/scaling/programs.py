@@ -23,6 +23,7 @@ from vstar_jax.models import lora
 from vstar_jax.models.config import Architecture
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, check_mesh, create
 from vstar_jax.rollout.episode import Rollout
+from vstar_jax.rollout.weights import rollout_weights
 from vstar_jax.training.collect import sampling_of
 from vstar_jax.training.grpo import Experience, make_grpo_optimizer, make_grpo_step, make_reference
 from vstar_jax.training.state import TrainState, abstract_state, make_optimizer, make_train_step
@@ -135,7 +136,7 @@ def _visual(config: Config) -> tuple[int, int]:
 
 def _sft(config: Config, policy: Qwen25VL, mesh: Mesh) -> list[Program]:
     """The train step on dialogues with two clips that fill the largest bucket."""
-    optimizer = make_optimizer(config.sft)
+    optimizer = make_optimizer(config.sft, config.policy.moment_dtype)
     graphdef, state = abstract_state(policy, optimizer, config.policy.lora, mesh)
     patches, _ = _visual(config)
     at = bucket(2 * patches, config.data.patches, "patches")
@@ -158,14 +159,19 @@ def _reference(config: Config, state: TrainState) -> dict[str, Any]:
 
 
 def _rollout(config: Config, policy: Qwen25VL, mesh: Mesh) -> list[Program]:
-    """The jitted rollout with the call of the tools in its middle."""
+    """The jitted rollout with the call of the tools in its middle, on a copy of the weights where it has one."""
     grpo = config.grpo
     graphdef, state = abstract_state(policy, make_grpo_optimizer(config), config.policy.lora, mesh)
     patches, _ = _visual(config)
     batch = rows(config, grpo.prompts, 1, _prompt_tokens(config), bucket(patches, config.data.patches, "patches"), mesh)
     turns, sampling = config.rollout, sampling_of(config)
-    rollout = Rollout(graphdef, _host, turns.turn_tokens, np.arange(STOP_IDS), sampling, mesh, "callback", turns.history)
-    weights = nnx.merge_state(state.params, state.frozen)
+    rollout = Rollout(
+        graphdef, _host, turns.turn_tokens, np.arange(STOP_IDS), sampling, mesh, "callback", turns.history, turns.cache
+    )
+    trained = nnx.merge_state(state.params, state.frozen)
+    weights = rollout_weights(trained, config.policy.dtype, mesh) if turns.weights == "gathered" else trained
+    pairs = zip(jax.tree.leaves(trained), jax.tree.leaves(weights), strict=True)
+    parameters = [own for own, copy in pairs if own is not copy]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), grpo.prompts * grpo.group))
     arguments = (
         weights,
@@ -175,7 +181,9 @@ def _rollout(config: Config, policy: Qwen25VL, mesh: Mesh) -> list[Program]:
         _split(mesh, jnp.int32, grpo.prompts * grpo.group),
     )
     resident = {"optimizer": state.optimizer, **_reference(config, state)}
-    parts = {"parameters": weights, "batch": arguments[1:]}
+    if parameters:
+        resident["parameters"] = parameters
+    parts = {("weights" if parameters else "parameters"): weights, "batch": arguments[1:]}
     return [Program("rollout", rollout.play, arguments, parts, resident, _cache(config, policy, mesh))]
 
 
@@ -188,7 +196,8 @@ def _cache(config: Config, policy: Qwen25VL, mesh: Mesh) -> Any:
     def pair(count: int, slots: int) -> list[jax.ShapeDtypeStruct]:
         shape = (cfg.layers, count, cfg.kv_heads, slots, cfg.head_dim)
         split = sharding.spec((None, "batch", "kv_heads", None, None), shape, mesh)
-        return [jax.ShapeDtypeStruct(shape, policy.text.dtype, sharding=NamedSharding(mesh, split))] * 2
+        dtype = policy.text.dtype if turns.cache == "same" else jnp.dtype(turns.cache)
+        return [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, split))] * 2
 
     return pair(grpo.prompts, _prompt_tokens(config)), pair(grpo.prompts * grpo.group, own)
 

@@ -15,6 +15,7 @@ from vstar_jax.scaling.chips import GIB, Chip
 from vstar_jax.scaling.collectives import collective_bytes
 from vstar_jax.scaling.hlo import FREE, Module, flops, moved
 from vstar_jax.scaling.programs import Program
+from vstar_jax.sharding import mesh_shape
 
 SHOWN = 6
 """Largest buffers that a page lists."""
@@ -252,7 +253,7 @@ def _over(found: Record) -> list[str]:
 def advice(found: Record) -> list[str]:
     """Settings that lower what is largest, the most promising first."""
     about, settings = found.identity, found.identity["settings"]
-    data, model = (int(n) for n in about["mesh"].split("x"))
+    replicas, data, model = mesh_shape(about["mesh"])
     state = sum(size for name, size in found.parts.items() if name != "batch")
     told = []
     if found.activations > state and about["program"] in ("sft", "update"):
@@ -260,9 +261,13 @@ def advice(found: Record) -> list[str]:
         if settings["policy.remat"] != "full":
             told.append("--policy.remat=full keeps only one activation a layer")
         rows = settings[f"{key}.rows"] // settings[f"{key}.accumulate"]
-        if rows > data:
-            told.append(f"--{key}.accumulate={settings[f'{key}.rows'] // data} leaves a row a device at a time")
-    if found.cache > state or about["program"] == "rollout":
+        if rows > replicas * data:
+            told.append(f"--{key}.accumulate={settings[f'{key}.rows'] // (replicas * data)} leaves a row a device at a time")
+    if about["program"] == "rollout":
+        if settings["rollout.weights"] == "gathered" and data > 1:
+            told.append("--rollout.weights=split leaves weights where they lie, and gathers them for every token")
+        if settings["rollout.cache"] == "same":
+            told.append("--rollout.cache=float8_e4m3fn makes the KV cache shorter")
         told.append(
             "fewer --grpo.prompts, a shorter --rollout.max_new_tokens or smaller --data.tokens and --rollout.turn_tokens"
         )
@@ -270,7 +275,9 @@ def advice(found: Record) -> list[str]:
         held_to = "" if about["program"] == "sft" else " with --grpo.reference=adapters_off"
         told.append(f"--policy.lora.rank=16{held_to} needs no optimizer state for what is frozen")
     if settings["policy.param_dtype"] != "bfloat16":
-        told.append("--policy.param_dtype=bfloat16 halves parameters and optimizer")
+        told.append("--policy.param_dtype=bfloat16 halves parameters")
+    if settings["policy.moment_dtype"] != "bfloat16":
+        told.append("--policy.moment_dtype=bfloat16 halves the optimizer's state")
     if settings["policy.dtype"] != "bfloat16":
         told.append("--policy.dtype=bfloat16 halves activations")
     told.append(f"a larger slice, or a larger model axis than {model}, splits them further")

@@ -13,16 +13,27 @@ from pathlib import Path
 from vstar_jax.errors import UserError
 from vstar_jax.scaling.chips import GIB, size
 from vstar_jax.scaling.report import Record
+from vstar_jax.sharding import mesh_shape
 
 LADDER: Mapping[str, Sequence[tuple[str, str]]] = {
-    "v5e": (("v5e:1x1", "1x1"), ("v5e:2x2", "4x1"), ("v5e:2x4", "8x1"), ("v5e:4x4", "8x2"), ("v5e:4x8", "8x4")),
+    "v5e": (
+        ("v5e:1x1", "1x1"),
+        ("v5e:2x2", "4x1"),
+        ("v5e:2x4", "8x1"),
+        ("v5e:2x4", "4x2"),
+        ("v5e:4x4", "8x2"),
+        ("v5e:4x8", "8x4"),
+    ),
     "v5p": (("v5p:1x1x1", "1x1"), ("v5p:2x2x1", "4x1"), ("v5p:2x2x2", "8x1"), ("v5p:2x2x4", "8x2")),
-    "v6e": (("v6e:1x1", "1x1"), ("v6e:2x2", "4x1"), ("v6e:2x4", "8x1"), ("v6e:4x4", "8x2")),
+    "v6e": (("v6e:1x1", "1x1"), ("v6e:2x2", "4x1"), ("v6e:2x4", "8x1"), ("v6e:2x4", "4x2"), ("v6e:4x4", "8x2")),
 }
 """Chip -> slices with their meshes from the smallest on; eight dialogues split over at most eight devices."""
 MODELS = ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
 PHASES = {"SFT": ("sft",), "GRPO": ("rollout", "grpo")}
-WEAK = (("v5p:2x2x1", "4x1"), ("v5p:2x2x4", "16x1"), ("v5p:4x4x4", "64x1"), ("v5p:4x8x8", "256x1"))
+ROWS_A_STEP = {"sft": 8, "grpo": 32}
+"""Of the paper's settings: dialogues, and episodes of eight groups of four."""
+WEAK = (("v5p:2x2x1", "4x1"), ("v5p:2x2x4", "16x1"), ("v5p:4x4x4", "4x16x1"), ("v5p:4x8x8", "16x16x1"))
+"""Parameters are split over at most 16 chips, and repeated beyond."""
 ROWS = 2
 """Dialogues of each chip under weak scaling."""
 
@@ -96,7 +107,17 @@ def _needed(folder: Path, extra: tuple[str, ...]) -> Iterator[Cell]:
 
 
 def _ladder(model: str, chip: str, phase: str, extra: tuple[str, ...]) -> list[list[Cell]]:
-    return [[Cell(model, *place, what, extra) for what in PHASES[phase]] for place in LADDER[chip]]
+    return [
+        [Cell(model, *place, what, (*_micro_batches(what, place[1]), *extra)) for what in PHASES[phase]]
+        for place in LADDER[chip]
+    ]
+
+
+def _micro_batches(what: str, mesh: str) -> tuple[str, ...]:
+    """The setting by which a device has one row at a time, which needs the least memory."""
+    replicas, data, _ = mesh_shape(mesh)
+    rows = ROWS_A_STEP.get(what, 0) // (replicas * data)
+    return (f"--{what}.accumulate={rows}",) if rows else ()
 
 
 def _fits(cells: Sequence[Cell], folder: Path) -> bool:
@@ -139,7 +160,7 @@ def _tried(ladder: Sequence[Sequence[Cell]], folder: Path) -> str:
 
 def weak_scaling(folder: Path, extra: tuple[str, ...] = ()) -> str:
     """A step of SFT with two dialogues a chip on ever larger slices, per chip."""
-    axes = ("data", "model")
+    axes = ("data", "replica")
     head = ["model", "slice", "chips", "TFLOP", "peak, GiB", "read and written, GB", *(f"sent along {a}, GB" for a in axes)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for model in MODELS:

@@ -56,7 +56,7 @@ def serve(checkpoint: str, settings: Sequence[str], mesh: str | None, address: A
     from vstar_jax.serving import app
     from vstar_jax.serving.engine import Engine
 
-    if sharding.mesh_shape(config.mesh)[0] != 1:
+    if sharding.mesh_shape(config.mesh)[:2] != (1, 1):
         raise UserError(
             f"a server has no use for mesh {config.mesh}, since prompts come one by one: use 1xM, or several servers."
         )

@@ -75,6 +75,7 @@ class Collector:
         """
         grpo, player = self.config.grpo, self.player
         player.seconds = dict.fromkeys(player.seconds, 0.0)
+        state = player.weights(state)
         started = time.perf_counter()
         episodes = self._drawn(step)
         numbers = [step * grpo.prompts + n for n in self.own]

@@ -37,7 +37,7 @@ from vstar_jax.training.collect import Collector, Step, as_record, sampling_of
 from vstar_jax.training.metrics import MetricsWriter
 from vstar_jax.training.profile import Profile
 from vstar_jax.training.sft import asked_to_stop, stop_requests
-from vstar_jax.training.state import TrainState, create_state, make_optimizer
+from vstar_jax.training.state import TrainState, create_state, make_optimizer, zeros_like_float32
 
 FOLDER = "grpo"
 """Of a run directory: this phase's checkpoints, and the rollouts of every step."""
@@ -129,7 +129,7 @@ def make_grpo_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW with GRPO's own schedule over all updates of the run."""
     schedule = {name: getattr(config.grpo, name) for name in SHARED}
     steps = config.grpo.steps * config.grpo.updates
-    return make_optimizer(replace(config.sft, **schedule, optimizer="adamw", steps=steps))
+    return make_optimizer(replace(config.sft, **schedule, optimizer="adamw", steps=steps), config.policy.moment_dtype)
 
 
 def make_grpo_step(graphdef: Any, optimizer: Any, config: Config, state: TrainState) -> Any:
@@ -153,10 +153,10 @@ def make_grpo_step(graphdef: Any, optimizer: Any, config: Config, state: TrainSt
             (_, totals), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.frozen, part)
             return jax.tree.map(jnp.add, total, (totals, grads))
 
-        start = (Totals.zero(), jax.tree.map(jnp.zeros_like, state.params))
+        start = (Totals.zero(), zeros_like_float32(state.params))
         totals, grads = jax.lax.fori_loop(0, used, micro, start)
         count, tokens = jnp.maximum(totals.count, 1.0), jnp.maximum(totals.tokens, 1.0)
-        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -236,7 +236,7 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:
-    grpo, devices = config.grpo, mesh.shape["data"]
+    grpo, devices = config.grpo, sharding.row_devices(mesh)
     rows = {
         f"grpo.prompts is {grpo.prompts}": grpo.prompts,
         f"grpo.accumulate is {grpo.accumulate}, which makes micro-batches of {grpo.prompts * grpo.group // grpo.accumulate} "

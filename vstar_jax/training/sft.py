@@ -64,7 +64,7 @@ def train(model: Qwen25VL, batches: Any, config: Config, mesh: Mesh, run_dir: Pa
     full.
     """
     sft = config.sft
-    optimizer = make_optimizer(sft)
+    optimizer = make_optimizer(sft, config.policy.moment_dtype)
     with jax.set_mesh(mesh):
         graphdef, state = create_state(model, optimizer, config.policy.lora, mesh, config.seed)
         step_fn = make_train_step(graphdef, optimizer, sft, config.data.pack, state)

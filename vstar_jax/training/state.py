@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vstar_jax import sharding
 from vstar_jax.batch import Batch
-from vstar_jax.config import LoraConfig, SftConfig
+from vstar_jax.config import DType, LoraConfig, SftConfig
 from vstar_jax.models.lora import trainable
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.objectives.sft import Totals, sft_loss
@@ -35,9 +35,10 @@ class TrainState:
     optimizer: Any
 
 
-def make_optimizer(config: SftConfig) -> optax.GradientTransformation:
+def make_optimizer(config: SftConfig, moment_dtype: DType = "float32") -> optax.GradientTransformation:
     """AdamW or Muon under a linear warm-up and a cosine to zero, after clipping by the global norm.
 
+    moment_dtype: type in which moments are kept from step to step.
     Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al., 2025, section 2.2).
     """
     cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, max(config.steps, config.warmup + 1))
@@ -56,7 +57,23 @@ def make_optimizer(config: SftConfig) -> optax.GradientTransformation:
         )
     else:
         update = optax.adamw(schedule, b2=ADAM_B2, weight_decay=config.weight_decay, mask=_decayed)
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), _kept_in(moment_dtype, update))
+
+
+def _kept_in(dtype: DType, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer, computing in float32, with its state in `dtype` between steps."""
+
+    def cast(tree: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def init(params: Any) -> Any:
+        return cast(optimizer.init(params), dtype)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(cast(grads, jnp.float32), cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decayed(params: Any) -> Any:
@@ -116,6 +133,11 @@ def _optimizer_layout(optimizer: optax.GradientTransformation, params: Any, mesh
     )
 
 
+def zeros_like_float32(tree: Any) -> Any:
+    """What a sum of gradients over micro-batches starts from: in bfloat16 it would lose the later ones."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree)
+
+
 def make_train_step(
     graphdef: Any, optimizer: optax.GradientTransformation, config: SftConfig, packed: bool, state: TrainState
 ) -> Callable:
@@ -141,13 +163,13 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (totals, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
-        start = (Totals(zero, zero, zero), jax.tree.map(jnp.zeros_like, state.params))
+        start = (Totals(zero, zero, zero), zeros_like_float32(state.params))
         if config.accumulate == 1:
             (totals, grads), _ = micro(start, batch)
         else:
             (totals, grads), _ = jax.lax.scan(micro, start, jax.tree.map(split, batch))
         count = jnp.maximum(totals.count, 1.0)
-        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {

@@ -161,8 +161,7 @@ class _Runs:
             if row.counterfactual:
                 self._run(ROWS[1], seed)
                 checkpoint = self.runs / FULL / f"seed{seed}" / "grpo"
-                tools = [f"--tools.{f}={json.dumps(getattr(config.tools, f))}" for f in ("offered", "counterfactual", "url")]
-                _call(["evaluate.py", f"--checkpoint={checkpoint}", f"--out={run_dir}", *tools], run_dir)
+                _call(["evaluate.py", f"--checkpoint={checkpoint}", f"--out={run_dir}", *tool_flags(config)], run_dir)
                 return
             if config.sft.steps and not (run_dir / "config.yaml").exists():
                 # A row goes on from the SFT that it shares; the copy appears as a whole.
@@ -176,6 +175,16 @@ class _Runs:
                 shutil.rmtree(run_dir, ignore_errors=True)
                 os.replace(partial_copy, run_dir)
             _train(config)
+
+
+def tool_flags(config: Config) -> list[str]:
+    """The flags that give another run the tools of this one."""
+    tools = config.tools
+    return [
+        f"--tools.offered={json.dumps(tools.offered)}",
+        f"--tools.counterfactual={tools.counterfactual}",
+        f"--tools.url={tools.url}",
+    ]
 
 
 def _learned(config: Config, runs: Path) -> Path:

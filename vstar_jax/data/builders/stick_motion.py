@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from filelock import FileLock
 from tqdm import tqdm
 
 from vstar_jax.data.stick_motion import motions, render
@@ -143,12 +144,17 @@ def render_clip(job: tuple[str, Sequence[int], float]) -> dict[str, Any]:
 
 
 def prepare(data_dir: str | Path, difficulty: str, clips_per_action: int, seed: int) -> StickMotion:
-    """The builder under `data_dir`, rendered if it was not; an interrupted rendering is begun again."""
+    """The builder under `data_dir`, rendered if it was not; an interrupted rendering is begun again.
+
+    Of runs that start at once the first renders, and the others wait for it.
+    """
     config = StickMotionConfig(difficulty=difficulty, clips_per_action=clips_per_action, seed=seed)
     # Configurations made from settings are what this builder is for: nothing to warn of.
     logging.getLogger("absl").addFilter(_expected)
-    builder = StickMotion(data_dir=str(data_dir), config=config, file_format="array_record")
-    builder.download_and_prepare(file_format="array_record")
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(data_dir) / f"{config.name}.lock"):
+        builder = StickMotion(data_dir=str(data_dir), config=config, file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
     return builder
 
 
