@@ -117,8 +117,8 @@ def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Arra
     ahead = pinned(ahead.reshape(groups, kv_heads, members, -1, shared))
     ahead = pinned(ahead.swapaxes(1, 2).reshape(rows, kv_heads, -1, shared))
     own = jnp.einsum("bkqd,bktd->bkqt", by_row, k, preferred_element_type=jnp.float32)
-    seen = jnp.tile(jnp.arange(k.shape[2]) <= q_slots[:, :, None], (1, repeats, 1))[:, None]
-    own = jnp.where(seen, own, HIDDEN)
+    seen = jnp.arange(k.shape[2]) <= q_slots[:, None, None, :, None]
+    own = jnp.where(seen, own.reshape(rows, kv_heads, repeats, length, -1), HIDDEN).reshape(own.shape)
 
     top = jnp.maximum(ahead.max(-1, keepdims=True), own.max(-1, keepdims=True))
     ahead, own = jnp.exp(ahead - top), jnp.exp(own - top)

@@ -23,6 +23,7 @@ from vstar_jax.batch import Batch, Example, bucket, collate
 from vstar_jax.models.config import Architecture, TextArchitecture
 from vstar_jax.models.text import KVCache
 from vstar_jax.rollout.sampler import draw, nucleus, prefill
+from vstar_jax.rollout.weights import rollout_weights
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ class Engine:
             self._fail(RuntimeError("the server is shutting down."))
 
     def _serve(self, graphdef: Any, params: Any) -> None:
+        params = rollout_weights(params, self._dtype, self._mesh)
         admit = jax.jit(partial(_admit, graphdef), donate_argnums=0)
         decode = jax.jit(partial(_decode, graphdef, self._stop_ids, self.sizes.chunk), donate_argnums=0)
         rows = self._empty()
