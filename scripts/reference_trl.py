@@ -98,6 +98,9 @@ class Trl:
         norms = [entry["grad_norm"] for entry in self.trainer.state.log_history if "grad_norm" in entry]
         return Taken(written, float(norms[-1]))
 
+    def device_peak(self) -> None:
+        """It runs on the CPU."""
+
     def tune(self) -> None:
         """Products of small models are faster on one thread."""
         self.turnstile.threads = min({1, self.turnstile.threads}, key=self._seconds)

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from tool_servers import RunningServer
 
-from vstar_jax.benchmark import common, episode, grpo, rollout, sft, tools
+from vstar_jax.benchmark import common, drivers, grpo, rollout, sft, tools, waiting
+from vstar_jax.benchmark.size import Size
 from vstar_jax.config import PolicyConfig, resolve
 from vstar_jax.errors import UserError
-from vstar_jax.models.qwen2_5_vl import create
 from vstar_jax.tools.protocol import Person
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SLACK = 0.25  # of what was allocated; other parts of the process allocate a little meanwhile
+TINY = Size.of("tiny")
 SMALLEST = rollout.Workload(prompts=2, group=2, tokens=4)
 LONGER = rollout.Workload(prompts=2, group=2, tokens=16)  # so that the members of a group are paid differently
 
@@ -56,14 +57,14 @@ def tokenizer() -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("server")
-    (folder / "glossary.json").write_text(json.dumps(dict(episode.glossary())))
+    (folder / "glossary.json").write_text(json.dumps(dict(waiting.glossary())))
     running = RunningServer(folder, f"--glossary={folder / 'glossary.json'}")
     yield running
     running.stop()
 
 
 def test_a_comparison_of_sft_reports_every_repeat_and_their_ratios(hugging_face, tmp_path):
-    result = sft.measure_sft("tiny", batch_size=1, repeats=5, rival=hugging_face.HuggingFace)
+    result = sft.measure_sft(TINY, batch_size=1, repeats=5, rival=hugging_face.HuggingFace)
     ours, theirs = (result["contenders"][name] for name in ("vstar_jax", "Hugging Face"))
     assert result["ratios"] == [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
     assert len(result["ratios"]) == 5
@@ -77,21 +78,38 @@ def test_a_comparison_of_sft_reports_every_repeat_and_their_ratios(hugging_face,
 
 
 def test_a_rival_that_trains_otherwise_is_refused_although_its_first_loss_agrees(hugging_face):
-    def eager(path, dialogues, config):
-        return hugging_face.HuggingFace(path, dialogues, replace(config, learning_rate=10 * config.learning_rate))
+    def eager(path, dialogues, config, size):
+        return hugging_face.HuggingFace(path, dialogues, replace(config, learning_rate=10 * config.learning_rate), size)
 
     with pytest.raises(UserError, match="disagree on the loss of step 2"):
-        sft.measure_sft("tiny", batch_size=1, repeats=5, rival=eager)
+        sft.measure_sft(TINY, batch_size=1, repeats=5, rival=eager)
 
 
-@pytest.mark.parametrize("factor", [1 + 2 * sft.TOLERANCE, float("nan")])
-def test_losses_that_disagree_are_refused(factor: float):
+def test_a_rival_that_sees_other_clips_is_refused_in_bfloat16_by_its_gradient_in_float32(hugging_face):
+    def blind(path, dialogues, config, size):
+        same = hugging_face.HuggingFace(path, dialogues, config, size)
+        exact[same.name] = same.exact()
+        return hugging_face.HuggingFace(path, [replace(d, patches=np.zeros_like(d.patches)) for d in dialogues], config, size)
+
+    exact: dict[str, tuple[float, float]] = {}
+    size = Size.of("tiny", dtype="bfloat16", param_dtype="bfloat16")
+    with pytest.raises(UserError, match=r"disagree on the loss \(in float32\)"):
+        sft.measure_sft(size, batch_size=1, repeats=5, rival=blind)
+    dialogue = size.example(np.random.default_rng(0), size.dialogue, learned=size.dialogue[-1])
+    ours = sft.Ours(size.random_policy(), [dialogue], sft.SFT, size)
+    sft.check_agreement({ours.name: ours.exact(), **exact}, "float32", ("loss", "norm"))  # with its clips it is not
+
+
+@pytest.mark.parametrize("dtype", sft.TOLERANCES)
+@pytest.mark.parametrize("wide", [2.0, float("nan")])
+def test_losses_that_disagree_are_refused(dtype: str, wide: float):
+    what = ("loss of step 1", "loss of step 2")
     with pytest.raises(UserError, match="disagree on the loss of step 1"):
-        sft.check_agreement({"a": [7.0, 6.9], "b": [7.0 * factor, 6.9]})
+        sft.check_agreement({"a": [7.0, 6.9], "b": [7.0 * (1 + wide * sft.TOLERANCES[dtype]), 6.9]}, dtype, what)
 
 
 def test_a_comparison_of_rollouts_is_of_the_same_greedy_tokens_and_counts_all_that_were_written(hugging_face):
-    result = rollout.measure_rollout("tiny", SMALLEST, 5, hugging_face.Generation)
+    result = rollout.measure_rollout(TINY, SMALLEST, 5, hugging_face.Generation)
     ours, theirs = (result["contenders"][name] for name in ("vstar_jax", "Hugging Face"))
     assert result["ratios"] == [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
     assert ours["tokens_per_s"] == 16 / np.median(ours["seconds"])
@@ -104,11 +122,11 @@ def test_a_comparison_of_rollouts_is_of_the_same_greedy_tokens_and_counts_all_th
 
 
 def test_a_rival_that_sees_other_clips_is_refused(hugging_face):
-    def blind(path, prompts, work):
-        return hugging_face.Generation(path, [replace(p, patches=np.zeros_like(p.patches)) for p in prompts], work)
+    def blind(path, prompts, work, size):
+        return hugging_face.Generation(path, [replace(p, patches=np.zeros_like(p.patches)) for p in prompts], work, size)
 
     with pytest.raises(UserError, match="continue the prompts by other tokens"):
-        rollout.measure_rollout("tiny", SMALLEST, 5, blind)
+        rollout.measure_rollout(TINY, SMALLEST, 5, blind)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +143,7 @@ def test_who_writes_less_or_does_not_sample_is_refused(tokens, error):
 
 
 def test_both_drivers_are_timed_on_the_same_episodes():
-    result = episode.measure_drivers("tiny", SMALLEST, 5)
+    result = drivers.measure_drivers(TINY, SMALLEST, 5)
     taken = result["seconds"]
     assert result["ratios"] == [b / a for a, b in zip(taken["callback"], taken["segmented"], strict=True)]
     assert len(result["ratios"]) == 5
@@ -133,7 +151,7 @@ def test_both_drivers_are_timed_on_the_same_episodes():
 
 def test_the_share_that_waits_for_tools_is_of_the_whole_rollout_and_falls_when_the_answers_are_known(server):
     client = server.client()
-    result = episode.measure_waiting(client, SMALLEST, 5)
+    result = waiting.measure_waiting(client, SMALLEST, 5)
     client.close()
     for name in ("cold", "warm"):
         phases = result[name]["phases"]
@@ -151,9 +169,9 @@ class Again:
     def __init__(self, path, texts, config, tokenizer):
         from transformers import AutoTokenizer
 
-        architecture = grpo.architecture_of("tiny")
-        _, examples = grpo.prompts(AutoTokenizer.from_pretrained(str(tokenizer)), len(texts), architecture.text.vocab)
-        self.ours = grpo.Ours(create(architecture, PolicyConfig(), seed=0), examples, config)
+        size = grpo.text_only(TINY)
+        _, examples = grpo.prompts(AutoTokenizer.from_pretrained(str(tokenizer)), len(texts), size)
+        self.ours = grpo.Ours(size.random_policy(), examples, config)
 
     def step(self) -> grpo.Taken:
         return self.ours.step()
@@ -161,9 +179,12 @@ class Again:
     def tune(self) -> None:
         pass
 
+    def device_peak(self) -> None:
+        pass
+
 
 def test_a_whole_step_of_grpo_is_timed_when_learning_from_what_the_rival_wrote_finds_its_gradients(tokenizer):
-    result = grpo.measure_grpo("tiny", tokenizer, LONGER, 5, lambda *given: Again(*given, tokenizer))
+    result = grpo.measure_grpo(TINY, LONGER, 5, lambda *given: Again(*given, tokenizer), tokenizer)
     assert result["grad_norm_difference"] < grpo.TOLERANCE
     ours, again = (result["contenders"][name] for name in ("vstar_jax", "again"))
     assert result["ratios"] == [b / a for a, b in zip(ours["seconds"], again["seconds"], strict=True)]
@@ -178,7 +199,7 @@ def test_a_rival_that_updates_otherwise_is_refused_although_its_first_gradient_a
         return Again(path, texts, other, tokenizer)
 
     with pytest.raises(UserError, match="disagree on the gradient of step 2"):
-        grpo.measure_grpo("tiny", tokenizer, LONGER, 5, rival)
+        grpo.measure_grpo(TINY, LONGER, 5, rival, tokenizer)
 
 
 def test_tools_are_timed_against_the_same_model_in_this_process(server, monkeypatch):
@@ -234,11 +255,11 @@ def test_parts_take_turns():
     assert [len(s) for s in seconds.values()] == [2, 2]
 
 
-def test_a_spread_needs_repeats(tokenizer):
+def test_a_spread_needs_repeats():
     for measure in (
-        lambda: sft.measure_sft("tiny", batch_size=1, repeats=2),
-        lambda: rollout.measure_rollout("tiny", SMALLEST, 2),
-        lambda: grpo.measure_grpo("tiny", tokenizer, SMALLEST, 2),
+        lambda: sft.measure_sft(TINY, batch_size=1, repeats=2),
+        lambda: rollout.measure_rollout(TINY, SMALLEST, 2),
+        lambda: grpo.measure_grpo(TINY, SMALLEST, 2),
     ):
         with pytest.raises(UserError, match="repeats is 2: a spread needs at least 5"):
             measure()
@@ -247,7 +268,7 @@ def test_a_spread_needs_repeats(tokenizer):
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (["--what=disk"], "error: there is no benchmark 'disk': choose one of sft, rollout, grpo, tools, data.\n"),
+        (["--what=disk"], "error: there is no benchmark 'disk': choose one of sft, rollout, grpo, tools, data, all.\n"),
         (
             ["--what=sft", "--against=tunix"],
             "error: there is no comparison of sft with 'tunix': give hf, or leave --against out.\n",

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from video_files import cut, write_video
 
-from vstar_jax.data import decoding, video
+from vstar_jax.data import decoding, shared_memory, video
 from vstar_jax.data.decoding import Decoder, Worker
+from vstar_jax.data.shared_memory import SharedMemory
 from vstar_jax.data.video import VideoError
 
 DEADLINE = 1.0
@@ -43,6 +44,10 @@ def mistake() -> None:
     raise KeyError("a fault of the program")
 
 
+def filled(value: int, size: int) -> np.ndarray:
+    return np.full(size, value, np.uint8)
+
+
 @pytest.fixture(scope="module")
 def decoder():
     with Decoder(workers=2, deadline=20.0) as made:
@@ -58,6 +63,48 @@ def test_clips_are_read_as_in_this_process(tmp_path: Path, decoder: Decoder) -> 
     assert clip.fps == here.fps
     assert len(decoder.read(path, 16, exact=8).frames) == 8
     assert decoder.counts.snapshot()["decord"] == before + 2
+
+
+def test_an_answer_stays_when_the_next_one_comes_and_may_be_written_to() -> None:
+    worker = Worker(deadline=20.0)
+    first, second = worker.call(filled, 1, 1_000_000), worker.call(filled, 2, 2_000_000)
+    worker.stop()
+    first[0] = 3
+    assert first[0] == 3
+    assert (first[1:] == 1).all()
+    assert len(second) == 2_000_000
+    assert (second == 2).all()
+
+
+def test_answers_come_without_shared_memory_too(monkeypatch) -> None:
+    """As where the system has none."""
+    monkeypatch.delattr(os, "memfd_create")
+    worker = Worker(deadline=20.0)
+    assert (worker.call(filled, 1, 1_000_000) == 1).all()
+    worker.stop()
+
+
+def test_what_is_larger_than_the_shared_memory_travels_in_the_message(monkeypatch) -> None:
+    monkeypatch.setattr(shared_memory, "SIZE", 1_000)
+    memory = SharedMemory.made()
+    values = {"small": filled(1, 600), "smaller": filled(2, 400)}, {"small": filled(1, 600), "larger": filled(2, 401)}
+    for value, in_message in zip(values, (False, True), strict=True):
+        message = memory.put(value)
+        assert (len(message[0]) > 1_000) == in_message
+        for name, array in memory.take(message).items():
+            np.testing.assert_array_equal(array, value[name])
+
+
+def test_a_process_that_ends_leaves_no_file_open() -> None:
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    worker, counts = Worker(deadline=20.0), []
+    for _ in range(3):
+        worker.call(filled, 1, 1_000_000)
+        worker.stop()
+        counts.append(opened())
+    assert len(set(counts)) == 1
 
 
 def test_many_threads_get_their_own_clips(tmp_path: Path, decoder: Decoder) -> None:

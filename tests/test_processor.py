@@ -9,7 +9,8 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pillow
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from vstar_jax.config import VideoConfig
-from vstar_jax.data.processor import ProcessedClip, process, process_image, resize, smart_resize
+from vstar_jax.data.bicubic import resize
+from vstar_jax.data.processor import ProcessedClip, process, process_image, smart_resize
 from vstar_jax.models.vision import normalise
 
 PIXELS = dict(min_pixels=56 * 56, max_pixels=200 * 200)
@@ -17,7 +18,7 @@ CONFIG = VideoConfig(**PIXELS, second_per_grid=0)
 SIZES = [(120, 160), (57, 43), (300, 260), (28, 500)]
 # The reference scales and normalises in float32 in another order.
 ROUNDING = 1e-5
-# torchvision's bicubic on uint8 rounds its weights otherwise than Pillow's: up to a quarter of the values are one level apart.
+# torchvision's bicubic on uint8 rounds its weights: some values are one level apart.
 GREY_LEVELS = 1
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vstar_jax.errors import UserError
@@ -77,8 +78,13 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {text} needs {need} devices and this machine has {len(devices)} ({devices[0].platform}): "
             f"choose a mesh of at most {len(devices)} devices, or JAX_PLATFORMS=cpu to simulate them."
         )
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:need])
-    owners = [{device.process_index for device in row} for row in _by_row(mesh)]
+    types = (AxisType.Auto,) * len(AXES)
+    mesh = Mesh(create_device_mesh(shape, devices[:need], allow_split_physical_axes=True), AXES, axis_types=types)
+    if any(len(owner) > 1 for owner in _owners(mesh)):
+        # Axes lie along the network; where that splits a row of the mesh over hosts, hosts come first.
+        ordered = sorted(devices[:need], key=lambda device: (device.process_index, device.id))
+        mesh = Mesh(np.asarray(ordered).reshape(shape), AXES, axis_types=types)
+    owners = _owners(mesh)
     processes = {device.process_index for device in devices}
     if any(len(owner) > 1 for owner in owners) or len(set.union(*owners)) < len(processes):
         raise UserError(
@@ -86,6 +92,11 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(processes)} divides, and a last one of at most {len(devices) // len(processes)}, the devices of a process."
         )
     return mesh
+
+
+def _owners(mesh: Mesh) -> list[set[int]]:
+    """The processes that devices of each row belong to."""
+    return [{device.process_index for device in row} for row in _by_row(mesh)]
 
 
 def _by_row(mesh: Mesh) -> np.ndarray:

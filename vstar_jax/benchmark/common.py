@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 import numpy as np
 from tqdm import trange
 
@@ -17,6 +18,8 @@ from vstar_jax.errors import UserError
 
 FEWEST_REPEATS = 5
 MIB = 1 << 20
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's own event for a program that was compiled."""
 
 
 def check_repeats(repeats: int) -> None:
@@ -44,10 +47,22 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [b / a for a, b in zip(ours, theirs, strict=True)]
 
 
-def peak_memory(step: Callable[[], Any]) -> float | None:
-    """MiB by which the process's resident memory grows at most during `step`; None where the kernel does not count it."""
+def device_peak() -> float | None:
+    """MiB of the device's memory that JAX had in use at most since this process began; None on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] / MIB if stats else None
+
+
+def peak_memory(step: Callable[[], Any], device_peak: Callable[[], float | None] = device_peak) -> float | None:
+    """MiB by which the process's resident memory grows at most during `step`; None where the kernel does not count it.
+
+    On an accelerator, the MiB of its memory in use at most as `device_peak` tells after `step`, the weights included.
+    """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if jax.default_backend() != "cpu" or not os.access(reset, os.W_OK):
+    if jax.default_backend() != "cpu":
+        step()
+        return device_peak()
+    if not os.access(reset, os.W_OK):
         return None
 
     def read(key: str) -> int:
@@ -60,9 +75,32 @@ def peak_memory(step: Callable[[], Any]) -> float | None:
     return (read("VmHWM") - before) / 1024
 
 
+class Compilations:
+    """Counts the programs that are compiled (or found in a cache of compiled ones) while it is entered, and their seconds."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+
+    def __enter__(self) -> "Compilations":
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED:
+            self.count, self.seconds = self.count + 1, self.seconds + duration_secs
+
+    def told(self, repeats: "Compilations") -> dict[str, float]:
+        """What a result says; repeats: those of the timed repeats, which should be none."""
+        return {"programs": self.count, "seconds": self.seconds, "in_repeats": repeats.count}
+
+
 def machine() -> str:
-    """What was measured on, in words: the system, its processor type, the threads this process may use, JAX's backend."""
-    return f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} threads, {jax.default_backend()}"
+    """What was measured on, in words: the system, its processor type, the threads this process may use, JAX's device."""
+    device = "cpu" if jax.default_backend() == "cpu" else jax.local_devices()[0].device_kind
+    return f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} threads, {device}"
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -92,12 +130,32 @@ def contender_rows(contenders: Mapping[str, Mapping[str, Any]], what: str, token
     what: is timed, such as "a step"; tokens: which are counted; first: how the row of the first call is called.
     """
     every = list(contenders.values())
+    memory = f"growth of memory in {what}" if jax.default_backend() == "cpu" else "device memory at most"
     return {
         f"seconds {what}": [spread(c["seconds"], ".3f") for c in every],
         f"{tokens}/s": [f"{c['tokens_per_s']:,.0f}" for c in every],
         first: [f"{c['compile_seconds']:.1f}" for c in every],
-        f"peak memory of {what}, MiB": [number(c["peak_memory_mib"], ".0f") for c in every],
+        f"{memory}, MiB": [number(c["peak_memory_mib"], ".0f") for c in every],
+        "model TFLOP/s": [f"{c['flops_per_s'] / 1e12:,.3f}" for c in every],
+        "MFU": [f"{c['mfu']:.1%}" for c in every],
     }
+
+
+def efficiency(operations: float, rate: float, seconds: Sequence[float]) -> dict[str, float]:
+    """Operations a second of a contender's median repeat, and their share of the matrix rate (both in operations a second)."""
+    reached = operations / float(np.median(seconds))
+    return {"flops_per_s": reached, "mfu": reached / rate}
+
+
+def efficiency_told(result: Mapping[str, Any], what: str) -> str:
+    """Sentences on what MFU is of, and on what was compiled."""
+    compiled = result["compilations"]
+    return (
+        f"\n{what} is {result['operations'] / 1e12:,.4g} TFLOP of the model; a product of two large matrices in "
+        f"{result['dtype']} ran at {result['matrix_rate'] / 1e12:,.4g} TFLOP/s on the same device, which MFU is a share of. "
+        f"{compiled['programs']} programs were compiled in {compiled['seconds']:.1f} s, and {compiled['in_repeats']} in the "
+        "timed repeats.\n"
+    )
 
 
 def by_phase(phases: Mapping[str, Sequence[float]]) -> str:

@@ -37,8 +37,8 @@ FILES = 16
 SIZE, SECONDS, FPS, BITS = (320, 240), 4, 30, 700_000
 """Of a file, much as HMDB-51 has them: width and height in pixels, its length, and bits a second of MPEG-4."""
 GREY_LEVELS = 2.01
-"""Between two bicubic resizers: Pillow and torchvision round their weights otherwise, which is a level along each side of a
-picture; float32 adds a thousandth.
+"""Between two bicubic resizers: torchvision rounds its weights and ours are float32, by which two values can part by a level as
+widths are resized and again as heights are; float32 patches add a thousandth.
 """
 BLOCK = 1_000
 FLAT = 0.05

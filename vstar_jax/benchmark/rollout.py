@@ -7,38 +7,27 @@ the prompts greedily by the same tokens as we do. Nothing stops early, so that b
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from vstar_jax import sharding
-from vstar_jax.batch import MERGE, PATCH_VALUES, Example, Turn, collate
-from vstar_jax.benchmark.common import (
-    by_phase,
-    check_repeats,
-    contender_rows,
-    in_turns,
-    machine,
-    peak_memory,
-    ratios,
-    spread,
-    table,
-)
-from vstar_jax.config import PolicyConfig
-from vstar_jax.data.patches import window_order
-from vstar_jax.data.positions import positions
+from vstar_jax.batch import Example, Turn, collate
+from vstar_jax.benchmark import common
+from vstar_jax.benchmark.decoding import decode_bytes
+from vstar_jax.benchmark.operations import rollout_operations
+from vstar_jax.benchmark.rates import copy_bandwidth, matrix_rate
+from vstar_jax.benchmark.size import Size, parameters
 from vstar_jax.errors import UserError
 from vstar_jax.models import hf
-from vstar_jax.models.config import Architecture
-from vstar_jax.models.qwen2_5_vl import Qwen25VL, create
+from vstar_jax.models.qwen2_5_vl import Qwen25VL, abstract
 from vstar_jax.rollout.episode import PHASES, Rollout, Sampling, episode_keys
 
-GRID = (8, 4, 4)  # a clip of StickMotion: 16 frames of 56 x 56, each one window, so that patches keep the reference order
-TEXT = (4, 27)  # tokens before and after the clip, as in StickMotion's first turn: 64 in all
 CHECKED_TOKENS = 16  # greedy ones that must agree: so few that two tokens of equal logits are not to be expected among them
 
 
@@ -69,51 +58,65 @@ class Contender(Protocol):
         ...
 
     def greedy(self, tokens: int) -> np.ndarray:
-        """The most likely replies int [prompts, tokens]."""
+        """The most likely replies int [prompts, tokens], computed in float32: shorter types tie too many tokens."""
+        ...
+
+    def device_peak(self) -> float | None:
+        """See `common.device_peak`."""
         ...
 
 
-Rival = Callable[[Path, Sequence[Example], Workload], Contender]
+Rival = Callable[[Path, Sequence[Example], Workload, Size], Contender]
 """Makes a contender from a model directory in Hugging Face format, prompts of one length, and what to do with them."""
 
 
 class Ours:
-    """The rollout that training runs, one turn of it, on one device; `seconds` by phase, of every call of `sample`."""
+    """The rollout that training runs, one turn of it, on one device; `seconds` by phase, of every call of `sample`.
+
+    model: with weights in the type that they are read in, as training's rollout has them.
+    """
 
     name = "vstar_jax"
 
-    def __init__(self, model: Qwen25VL, prompts: Sequence[Example], work: Workload):
+    def __init__(self, model: Qwen25VL, prompts: Sequence[Example], work: Workload, size: Size):
         self.graphdef, self.state = nnx.split(model)
-        self.mesh, self.work = sharding.make_mesh("1x1"), work
+        self.mesh, self.work, self.size = sharding.make_mesh("1x1"), work, size
         batch = collate([[p] for p in prompts], (len(prompts[0].tokens),), (len(prompts[0].patches),))
         self.batch = sharding.put_batch(batch, self.mesh)
         self.starts = np.asarray([p.positions.max() + 1 for p in prompts], np.int32)
-        self.rollout = self._rollout(Sampling((work.tokens,), work.temperature, work.top_p, turns=1))
+        self.rollout = self._rollout(self.graphdef, Sampling((work.tokens,), work.temperature, work.top_p, turns=1))
         self.calls = 0
-        start = time.perf_counter()
-        self.sample()
-        self.compile_seconds = time.perf_counter() - start
         self.seconds: list[dict[str, float]] = []
+        self.compile_seconds = 0.0
 
     def sample(self) -> np.ndarray:
         """See `Contender`; every call draws anew."""
         self.calls += 1
-        tokens = self._play(self.rollout, self.work.group, seed=self.calls)
-        if self.calls > 1:
-            self.seconds.append(dict(self.rollout.seconds))
+        started = time.perf_counter()
+        tokens = self._play(self.rollout, self.state, self.work.group, seed=self.calls)
+        if self.calls == 1:
+            self.compile_seconds = time.perf_counter() - started
+        self.seconds.append(dict(self.rollout.seconds))
         return tokens
 
     def greedy(self, tokens: int) -> np.ndarray:
         """See `Contender`."""
-        return self._play(self._rollout(Sampling((tokens,), 0.0, turns=1)), 1, seed=0)
+        graphdef, _ = nnx.split(abstract(self.size.architecture, replace(self.size.policy, dtype="float32")))
+        state = jax.tree.map(lambda x: x.astype(jnp.float32), self.state)
+        with jax.default_matmul_precision("highest"):  # accelerators would shorten the factors
+            return self._play(self._rollout(graphdef, Sampling((tokens,), 0.0, turns=1)), state, 1, seed=0)
 
-    def _rollout(self, sampling: Sampling) -> Rollout:
-        return Rollout(self.graphdef, no_host, 0, np.zeros(0, np.int32), sampling, self.mesh, "callback")
+    def device_peak(self) -> float | None:
+        """See `Contender`."""
+        return common.device_peak()
 
-    def _play(self, rollout: Rollout, members: int, seed: int) -> np.ndarray:
+    def _rollout(self, graphdef: Any, sampling: Sampling) -> Rollout:
+        return Rollout(graphdef, no_host, 0, np.zeros(0, np.int32), sampling, self.mesh, "callback")
+
+    def _play(self, rollout: Rollout, state: Any, members: int, seed: int) -> np.ndarray:
         keys = episode_keys(seed, range(self.work.prompts), members)
         numbers = np.arange(self.work.prompts * members, dtype=np.int32)
-        (completion,) = rollout(self.state, self.batch, self.starts, keys, numbers)
+        (completion,) = rollout(state, self.batch, self.starts, keys, numbers)
         return np.asarray(completion.tokens)
 
 
@@ -122,71 +125,66 @@ def no_host(*_: Any) -> Turn:
     raise AssertionError("an episode of one turn asked the host")
 
 
-def clip_example(rng: np.random.Generator, architecture: Architecture, text: tuple[int, int]) -> Example:
-    """Random text before and after a clip of noise, in the shape of a turn of StickMotion."""
-    layout, video = window_order(GRID), architecture.video_pad
-    before, after = (rng.integers(8, 500, length) for length in text)
-    tokens = np.concatenate([before, [architecture.vision_start, *[video] * len(layout.inverse)], after]).astype(np.int32)
-    is_visual = tokens == video
-    return Example(
-        tokens=tokens,
-        positions=positions(tokens, [GRID], [1.0], architecture.tokens_per_second, -1, video),
-        loss_mask=np.zeros(len(tokens), bool),
-        visual_index=np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32),
-        patches=rng.integers(0, 256, (len(layout.inverse) * MERGE, PATCH_VALUES), dtype=np.uint8),
-        patch_hw=layout.patch_hw,
-        window_id=layout.window_id,
-        frame_id=layout.frame_id,
-    )
+def measure_rollout(size: Size, work: Workload, repeats: int, rival: Rival | None = None) -> dict[str, Any]:
+    """Times `repeats` rollouts of one turn on one device, in turns with the rival's when there is one.
 
-
-def measure_rollout(model: str, work: Workload, repeats: int, rival: Rival | None = None) -> dict[str, Any]:
-    """Times `repeats` rollouts of one turn in float32 on one device, in turns with the rival's when there is one.
-
-    model: a preset of `Architecture`, with random weights. Returns what `report` takes. Raises UserError for too few repeats,
-    and when greedy replies disagree or a contender writes another number of tokens: then no speed is worth a report.
+    Returns what `report` takes. Raises UserError for too few repeats, and when greedy replies disagree or a contender writes
+    another number of tokens: then no speed is worth a report.
     """
-    check_repeats(repeats)
-    architecture = Architecture.preset(model)
-    policy = create(architecture, PolicyConfig(), seed=0)
-    rng = np.random.default_rng(0)
-    prompts = [clip_example(rng, architecture, TEXT) for _ in range(work.prompts)]
-    contenders: list[Contender] = []
-    if rival is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save(policy, Path(folder) / "model")
-            contenders.append(rival(Path(folder) / "model", prompts, work))
-    ours = Ours(policy, prompts, work)
-    contenders.insert(0, ours)
-
-    check_agreement({c.name: c.greedy(CHECKED_TOKENS) for c in contenders})
-    check_written({c.name: c.sample() for c in contenders}, work)
-    memory = {c.name: peak_memory(c.sample) for c in contenders}
+    common.check_repeats(repeats)
+    rng, dtype = np.random.default_rng(0), size.policy.dtype
+    prompts = [size.example(rng, size.prompt) for _ in range(work.prompts)]
+    with common.Compilations() as compiled:
+        rate, bandwidth = matrix_rate(dtype), copy_bandwidth()
+        policy = size.random_policy(replace(size.policy, param_dtype=dtype))
+        contenders: list[Contender] = []
+        if rival is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                hf.save(policy, Path(folder) / "model")
+                contenders.append(rival(Path(folder) / "model", prompts, work, size))
+        ours = Ours(policy, prompts, work, size)
+        contenders.insert(0, ours)
+        if rival is not None:
+            check_agreement({c.name: c.greedy(CHECKED_TOKENS) for c in contenders})
+        check_written({c.name: c.sample() for c in contenders}, work)
+        memory = {c.name: common.peak_memory(c.sample, c.device_peak) for c in contenders}
     ours.seconds.clear()
-    seconds = in_turns({c.name: c.sample for c in contenders}, repeats)
+    with common.Compilations() as recompiled:
+        seconds = common.in_turns({c.name: c.sample for c in contenders}, repeats)
+    prompt, text = len(prompts[0].tokens), size.architecture.text
+    operations = rollout_operations(size, len(size.prompt) - 1, work.prompts, prompt, work.group, work.tokens)
+    phases = {phase: [s[phase] for s in ours.seconds] for phase in PHASES if phase != "tools"}
+    moved = decode_bytes(text, work.prompts, prompt, work.group, work.tokens, jnp.dtype(dtype).itemsize)
     return {
         "what": "rollout",
-        "model": model,
-        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(policy))),
+        **size.told(),
+        "parameters": parameters(policy),
         "prompts": work.prompts,
         "group": work.group,
-        "prompt_tokens": len(prompts[0].tokens),
+        "prompt_tokens": prompt,
         "patches": len(prompts[0].patches),
         "new_tokens": work.tokens,
         "temperature": work.temperature,
         "top_p": work.top_p,
-        "machine": machine(),
-        "phases": {phase: [s[phase] for s in ours.seconds] for phase in PHASES if phase != "tools"},
+        "machine": common.machine(),
+        "operations": operations,
+        "matrix_rate": rate,
+        "copy_bandwidth": bandwidth,
+        "decode_bytes": moved,
+        "decode_bytes_per_s": moved / float(np.median(phases["decode"])),
+        "compilations": compiled.told(recompiled),
+        "phases": phases,
         "contenders": {
             c.name: {
                 "compile_seconds": c.compile_seconds,
                 "peak_memory_mib": memory[c.name],
                 "seconds": seconds[c.name],
                 "tokens_per_s": work.written / float(np.median(seconds[c.name])),
+                **common.efficiency(operations, rate, seconds[c.name]),
             }
             for c in contenders
         },
-        "ratios": [ratio for c in contenders[1:] for ratio in ratios(seconds[ours.name], seconds[c.name])],
+        "ratios": [ratio for c in contenders[1:] for ratio in common.ratios(seconds[ours.name], seconds[c.name])],
     }
 
 
@@ -218,17 +216,23 @@ def check_written(sampled: Mapping[str, np.ndarray], work: Workload) -> None:
 def report(result: Mapping[str, Any]) -> str:
     """The result of a measurement as a Markdown table with a sentence on what was measured."""
     contenders = result["contenders"]
-    rows = contender_rows(contenders, "a rollout", "new tokens", "first call, s")
+    rows = common.contender_rows(contenders, "a rollout", "new tokens", "first call, s")
     text = (
-        f"Rollout of {result['model']} ({result['parameters']:,} parameters) in float32: {result['prompts']} prompts of "
-        f"{result['prompt_tokens']} tokens with a clip of {result['patches']} patches, {result['group']} replies of "
+        f"Rollout of {result['model']} ({result['parameters']:,} parameters) in {result['dtype']}: {result['prompts']} prompts "
+        f"of {result['prompt_tokens']} tokens with a clip of {result['patches']} patches, {result['group']} replies of "
         f"{result['new_tokens']} tokens each, temperature {result['temperature']:g}, top-p {result['top_p']:g} "
         f"({result['machine']}); median (min to max) of {len(next(iter(contenders.values()))['seconds'])} repeats.\n\n"
     )
-    text += table(list(contenders), rows)
-    text += by_phase(result["phases"])
+    text += common.table(list(contenders), rows)
+    text += common.by_phase(result["phases"])
+    text += common.efficiency_told(result, "A rollout")
+    reached, bandwidth = result["decode_bytes_per_s"], result["copy_bandwidth"]
+    text += (
+        f"\nOur decoding must move {result['decode_bytes'] / 1e9:,.4g} GB and did so at {reached / 1e9:,.4g} GB/s, "
+        f"{reached / bandwidth:.1%} of the {bandwidth / 1e9:,.4g} GB/s of a copy on the same device.\n"
+    )
     if result["ratios"]:
         ours, theirs = contenders
-        text += f"\n{ours} is {spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; "
+        text += f"\n{ours} is {common.spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; "
         text += f"their first {CHECKED_TOKENS} greedy tokens agree.\n"
     return text

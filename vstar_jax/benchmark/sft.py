@@ -1,45 +1,44 @@
-"""Measures the SFT step: seconds, tokens a second and memory, alone or in turns with another implementation.
+"""Measures the SFT step: seconds, tokens a second, MFU and memory, alone or in turns with another implementation.
 
 A rival gets the same weights (a model directory), the same dialogues and the same settings. It is timed only when its loss
-agrees with ours before and after the first update, so that both are known to do the same work.
+agrees with ours before and after the first update, so that both are known to do the same work; in bfloat16, whose rounding
+hides small differences, also the loss and the gradient of one dialogue in float32.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from vstar_jax import sharding
-from vstar_jax.batch import MERGE, PATCH_VALUES, Example, collate
-from vstar_jax.benchmark.common import (
-    check_repeats,
-    contender_rows,
-    in_turns,
-    machine,
-    peak_memory,
-    ratios,
-    spread,
-    table,
-)
+from vstar_jax.batch import Batch, Example, collate
+from vstar_jax.benchmark import common
+from vstar_jax.benchmark.operations import TRAINING, row_operations
+from vstar_jax.benchmark.rates import matrix_rate
+from vstar_jax.benchmark.size import Size, parameters
 from vstar_jax.config import PolicyConfig, SftConfig
-from vstar_jax.data.patches import window_order
-from vstar_jax.data.positions import positions
 from vstar_jax.errors import UserError
 from vstar_jax.models import hf
-from vstar_jax.models.config import Architecture
-from vstar_jax.models.qwen2_5_vl import Qwen25VL, create
+from vstar_jax.models.qwen2_5_vl import Qwen25VL, abstract
+from vstar_jax.objectives.sft import sft_loss
 from vstar_jax.training.state import create_state, make_optimizer, make_train_step
 
-TOLERANCE = 1e-3  # relative; sums of float32 in another order differ by some 1e-6, another computation by more
+TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-3}
+"""Relative, by type: sums of float32 in another order differ by some 1e-6, and another computation by more. In bfloat16 the
+losses of tiny differ by at most 3e-4 (two batches, parameters in either type); twice or ten times the learning rate, or clips
+that are blank, by at least 4e-3.
+"""
 CHECKED_STEPS = 2  # the loss of the second one has gone through gradients, clipping and AdamW
 SFT = SftConfig(learning_rate=1e-4, warmup=0, steps=1_000_000)  # so long a cosine that the rate is constant
-GRID = (8, 4, 4)  # a clip of 16 frames of 56 x 56; each frame is one window, so that patches keep the reference order
-RUNS = (120, 38, 160)  # tokens of text before, between and after the clips; the last run is learned
 
 
 class Contender(Protocol):
@@ -48,12 +47,20 @@ class Contender(Protocol):
     name: str
     compile_seconds: float
 
+    def exact(self) -> tuple[float, float]:
+        """The loss and the norm of the gradient of the first dialogue in float32; called before the first step."""
+        ...
+
     def step(self) -> float:
         """One full step (forward, backward, clipping, AdamW), finished when it returns; gives the loss before the update."""
         ...
 
+    def device_peak(self) -> float | None:
+        """See `common.device_peak`."""
+        ...
 
-Rival = Callable[[Path, Sequence[Example], SftConfig], Contender]
+
+Rival = Callable[[Path, Sequence[Example], SftConfig, Size], Contender]
 """Makes a contender from a model directory in Hugging Face format, dialogues of one length, and settings."""
 
 
@@ -62,12 +69,31 @@ class Ours:
 
     name = "vstar_jax"
 
-    def __init__(self, model: Qwen25VL, dialogues: Sequence[Example], config: SftConfig):
-        mesh, optimizer = sharding.make_mesh("1x1"), make_optimizer(config)
-        graphdef, self.state = create_state(model, optimizer, PolicyConfig().lora, mesh, seed=0)
-        batch = collate([[d] for d in dialogues], (len(dialogues[0].tokens),), (len(dialogues[0].patches),))
-        self.batch = sharding.put_batch(batch, mesh)
-        step: Any = make_train_step(graphdef, optimizer, config, False, self.state)
+    def __init__(self, model: Qwen25VL, dialogues: Sequence[Example], config: SftConfig, size: Size):
+        """model: is given away; its arrays are gone after the first step."""
+        self.mesh, self.config, self.size = sharding.make_mesh("1x1"), config, size
+        self.dialogues, self.model = dialogues, model
+        self.compile_seconds = 0.0
+
+    def exact(self) -> tuple[float, float]:
+        """See `Contender`."""
+        graphdef, _ = nnx.split(abstract(self.size.architecture, replace(self.size.policy, dtype="float32")))
+
+        @jax.jit
+        def measured(state: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return _loss_and_norm(graphdef, jax.tree.map(lambda x: x.astype(jnp.float32), state), batch, self.config)
+
+        with jax.default_matmul_precision("highest"):  # accelerators would shorten the factors
+            loss, norm = measured(nnx.state(self.model), self._batch(self.dialogues[:1]))
+        return float(loss), float(norm)
+
+    def start(self) -> None:
+        """Makes the optimizer's state and compiles the step."""
+        optimizer = make_optimizer(self.config, self.size.policy.moment_dtype)
+        self.graphdef, self.state = create_state(self.model, optimizer, PolicyConfig().lora, self.mesh, seed=0)
+        del self.model
+        self.batch = self._batch(self.dialogues)
+        step: Any = make_train_step(self.graphdef, optimizer, self.config, False, self.state)
         start = time.perf_counter()
         self.compiled = step.lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -78,61 +104,95 @@ class Ours:
         jax.block_until_ready(self.state)
         return float(metrics["sft/loss"])
 
+    def device_peak(self) -> float | None:
+        """See `Contender`."""
+        return common.device_peak()
 
-def dialogue(rng: np.random.Generator, architecture: Architecture) -> Example:
-    """Random text around two clips of noise, in the shape of a StickMotion dialogue: the raw clip and the annotated one."""
-    layout, clips, video = window_order(GRID), len(RUNS) - 1, architecture.video_pad
-    picture = [architecture.vision_start, *[video] * len(layout.inverse)]
-    pieces = [piece for length in RUNS for piece in (rng.integers(8, 1000, length), picture)][:-1]
-    tokens = np.concatenate(pieces).astype(np.int32)
-    is_visual = tokens == video
-    each = np.repeat(np.arange(clips, dtype=np.int32), len(layout.frame_id)) * GRID[0]
-    return Example(
-        tokens=tokens,
-        positions=positions(tokens, [GRID] * clips, [1.0] * clips, architecture.tokens_per_second, -1, video),
-        loss_mask=np.arange(len(tokens)) >= len(tokens) - RUNS[-1],
-        visual_index=np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32),
-        patches=rng.integers(0, 256, (clips * len(layout.inverse) * MERGE, PATCH_VALUES), dtype=np.uint8),
-        patch_hw=np.tile(layout.patch_hw, (clips, 1)),
-        window_id=np.tile(layout.window_id, clips) + each,
-        frame_id=np.tile(layout.frame_id, clips) + each,
-    )
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        """Parts of a step as programs of their own, compiled: the step itself is one program and cannot be looked into."""
+        graphdef, config = self.graphdef, self.config
+
+        def encode(state: Any, batch: Batch) -> jax.Array:
+            assert batch.vision is not None
+            return nnx.merge(graphdef, state).encode(batch.vision)
+
+        def forward(state: Any, batch: Batch) -> jax.Array:
+            return sft_loss(nnx.merge(graphdef, state), batch, chunk=config.chunk, packed=False).loss
+
+        programs = {
+            "vision tower": encode,
+            "forward": forward,
+            "forward and backward": lambda state, batch: _loss_and_norm(graphdef, state, batch, config),
+        }
+        compiled = {n: jax.jit(f).lower(self.state.params, self.batch).compile() for n, f in programs.items()}
+        return {n: partial(lambda c: jax.block_until_ready(c(self.state.params, self.batch)), c) for n, c in compiled.items()}
+
+    def _batch(self, dialogues: Sequence[Example]) -> Batch:
+        batch = collate([[d] for d in dialogues], (len(dialogues[0].tokens),), (len(dialogues[0].patches),))
+        return sharding.put_batch(batch, self.mesh)
 
 
-def measure_sft(model: str, batch_size: int, repeats: int, rival: Rival | None = None) -> dict[str, Any]:
-    """Times `repeats` full SFT steps in float32 on one device, in turns with the rival's when there is one.
+def _loss_and_norm(graphdef: Any, state: Any, batch: Batch, config: SftConfig) -> tuple[jax.Array, jax.Array]:
+    """The mean loss and the norm of its gradient."""
 
-    model: a preset of `Architecture`, with random weights. Returns what `report` takes. Raises UserError for too few repeats,
-    and when the losses of the first steps disagree: then the two do not do the same work and no speed is worth a report.
+    def mean(state: Any) -> jax.Array:
+        totals = sft_loss(nnx.merge(graphdef, state), batch, chunk=config.chunk, packed=False)
+        return totals.loss / totals.count
+
+    loss, grads = jax.value_and_grad(mean)(state)
+    return loss, optax.tree.norm(grads)
+
+
+def measure_sft(size: Size, batch_size: int | None, repeats: int, rival: Rival | None = None) -> dict[str, Any]:
+    """Times `repeats` full SFT steps on one device, in turns with the rival's when there is one.
+
+    batch_size: dialogues, as many as `size.rows` when not given. Returns what `report` takes. Raises UserError for too few
+    repeats, and when the losses of the first steps disagree: then the two do not do the same work and no speed is worth a
+    report.
     """
-    check_repeats(repeats)
-    architecture = Architecture.preset(model)
-    policy = create(architecture, PolicyConfig(), seed=0)
-    size = sum(x.size for x in jax.tree.leaves(nnx.state(policy)))
-    rng = np.random.default_rng(0)
-    dialogues = [dialogue(rng, architecture) for _ in range(batch_size)]
-    contenders: list[Contender] = []
-    if rival is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save(policy, Path(folder) / "model")
-            contenders.append(rival(Path(folder) / "model", dialogues, SFT))
-    contenders.insert(0, Ours(policy, dialogues, SFT))
-
-    losses = {c.name: [c.step() for _ in range(CHECKED_STEPS)] for c in contenders}
-    difference = check_agreement(losses)
-    memory = {c.name: peak_memory(c.step) for c in contenders}
-    seconds = in_turns({c.name: c.step for c in contenders}, repeats)
-    tokens = batch_size * len(dialogues[0].tokens)
-    ours, *others = (seconds[c.name] for c in contenders)
+    common.check_repeats(repeats)
+    rows, rng = batch_size or size.rows, np.random.default_rng(0)
+    dialogues = [size.example(rng, size.dialogue, learned=size.dialogue[-1]) for _ in range(rows)]
+    with common.Compilations() as compiled:
+        rate, policy = matrix_rate(size.policy.dtype), size.random_policy()
+        count = parameters(policy)
+        contenders: list[Contender] = []
+        if rival is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                hf.save(policy, Path(folder) / "model")
+                contenders.append(rival(Path(folder) / "model", dialogues, SFT, size))
+        ours = Ours(policy, dialogues, SFT, size)
+        del policy
+        contenders.insert(0, ours)
+        if rival is not None and size.policy.dtype != "float32":
+            check_agreement(
+                {c.name: c.exact() for c in contenders}, "float32", ("loss (in float32)", "gradient's norm (in float32)")
+            )
+        ours.start()
+        losses = {c.name: [c.step() for _ in range(CHECKED_STEPS)] for c in contenders}
+        told = tuple(f"loss of step {step}" for step in range(1, CHECKED_STEPS + 1))
+        difference = check_agreement(losses, size.policy.dtype, told)
+        memory = {c.name: common.peak_memory(c.step, c.device_peak) for c in contenders}
+        parts = ours.parts()
+        common.in_turns(parts, 1)
+    with common.Compilations() as recompiled:
+        seconds = common.in_turns({c.name: c.step for c in contenders}, repeats)
+        phases = common.in_turns({**parts, "whole step": ours.step}, repeats)
+    tokens = rows * len(dialogues[0].tokens)
+    operations = TRAINING * rows * row_operations(size, len(size.dialogue) - 1, len(dialogues[0].tokens))
     return {
         "what": "sft",
-        "model": model,
-        "parameters": size,
-        "dialogues": batch_size,
+        **size.told(),
+        "parameters": count,
+        "dialogues": rows,
         "tokens": tokens,
-        "patches": batch_size * len(dialogues[0].patches),
-        "machine": machine(),
+        "patches": rows * len(dialogues[0].patches),
+        "machine": common.machine(),
+        "operations": operations,
+        "matrix_rate": rate,
         "loss_difference": difference,
+        "compilations": compiled.told(recompiled),
+        "phases": phases,
         "contenders": {
             c.name: {
                 "losses": losses[c.name],
@@ -140,26 +200,27 @@ def measure_sft(model: str, batch_size: int, repeats: int, rival: Rival | None =
                 "peak_memory_mib": memory[c.name],
                 "seconds": seconds[c.name],
                 "tokens_per_s": tokens / float(np.median(seconds[c.name])),
+                **common.efficiency(operations, rate, seconds[c.name]),
             }
             for c in contenders
         },
-        "ratios": [ratio for theirs in others for ratio in ratios(ours, theirs)],
+        "ratios": [r for c in contenders[1:] for r in common.ratios(seconds[ours.name], seconds[c.name])],
     }
 
 
-def check_agreement(losses: Mapping[str, Sequence[float]]) -> float:
-    """The largest relative difference between the losses of the first contender and of the others, over the first steps.
+def check_agreement(values: Mapping[str, Sequence[float]], dtype: str, what: Sequence[str]) -> float:
+    """The largest relative difference between the values of the first contender and of the others, computed in `dtype`.
 
-    Raises UserError when it is above `TOLERANCE` or not a number.
+    what: their names. Raises UserError when one is above `TOLERANCES` or not a number.
     """
-    (ours, expected), *others = losses.items()
+    (ours, expected), *others = values.items()
     largest = 0.0
-    for name, values in others:
-        for step, (a, b) in enumerate(zip(expected, values, strict=True), start=1):
+    for name, found in others:
+        for a, b, told in zip(expected, found, what, strict=True):
             difference = abs(a - b) / abs(b)
-            if not difference <= TOLERANCE:
+            if not difference <= TOLERANCES[dtype]:
                 raise UserError(
-                    f"{ours} and {name} disagree on the loss of step {step} ({a:.6f} and {b:.6f}), so they do not do the same "
+                    f"{ours} and {name} disagree on the {told} ({a:.6f} and {b:.6f}), so they do not do the same "
                     "work and their speed is not compared: find the cause with tests/test_parity.py first."
                 )
             largest = max(largest, difference)
@@ -170,17 +231,21 @@ def report(result: Mapping[str, Any]) -> str:
     """The result of a measurement as a Markdown table with a sentence on what was measured."""
     contenders = result["contenders"]
     rows = {
-        **contender_rows(contenders, "a step", "tokens", "compile time, s"),
+        **common.contender_rows(contenders, "a step", "tokens", "compile time, s"),
         "loss of the first steps": [", ".join(f"{x:.6f}" for x in c["losses"]) for c in contenders.values()],
     }
     text = (
-        f"SFT step of {result['model']} ({result['parameters']:,} parameters) in float32 on {result['dialogues']} dialogues, "
+        f"SFT step of {result['model']} ({result['parameters']:,} parameters) in {result['dtype']} (parameters in "
+        f"{result['param_dtype']}, remat {result['remat']}) on {result['dialogues']} dialogues, "
         f"{result['tokens']:,} tokens and {result['patches']:,} patches ({result['machine']}); median (min to max) of "
         f"{len(next(iter(contenders.values()))['seconds'])} repeats.\n\n"
     )
-    text += table(list(contenders), rows)
+    text += common.table(list(contenders), rows)
+    text += common.efficiency_told(result, "A step")
+    told = ", ".join(f"{part} {common.spread(seconds, '.3f')}" for part, seconds in result["phases"].items())
+    text += f"\nOurs by parts, each a program of its own, in seconds: {told}.\n"
     if result["ratios"]:
         ours, theirs = contenders
-        text += f"\n{ours} is {spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; "
+        text += f"\n{ours} is {common.spread(result['ratios'], '.2f')} times as fast as {theirs}, repeat by repeat; "
         text += f"their losses differ by {result['loss_difference']:.1e} (relative).\n"
     return text

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ Target = Literal["assistant", "all"]
 _MARK = "\ue000{}\ue001"
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 
+PROMPTS_KEPT = 256
+"""Texts of prompts whose tokens are kept."""
 _EMPTY_TURNS = tuple({"role": role, "content": [{"type": "text", "text": ""}]} for role in ("user", "assistant"))
 
 
@@ -69,6 +72,8 @@ class Chat:
         # With this the backend splits special tokens found in text; those of the template are looked up in `_special`.
         self._backend = self.tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = True
+        # Prompts are long and, with one list of labels, the same for most clips; what the policy says is not.
+        self._prompt_ids = lru_cache(PROMPTS_KEPT)(self._ids)
         added = self.tokenizer.added_tokens_decoder.items()
         self._special = {token.content: index for index, token in added if token.special}
         longest_first = sorted(self._special, key=len, reverse=True)
@@ -123,13 +128,16 @@ class Chat:
             raise UserError("the chat template does not close the assistant's turn with a special token: use one that does.")
         return int(tokens.ids[tokens.spoken][0])
 
+    def _ids(self, text: str) -> list[int]:
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
+
     def _tokenise(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Tokens:
         ids: list[int] = []
         spoken: list[bool] = []
         plain, closing = "", False
 
         def flush(text: str, is_spoken: bool) -> None:
-            found = self._backend.encode(text, add_special_tokens=False).ids if text else []
+            found = self._ids(text) if is_spoken else self._prompt_ids(text)
             ids.extend(found)
             spoken.extend([is_spoken] * len(found))
 

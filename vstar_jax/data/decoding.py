@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vstar_jax.data import video
+from vstar_jax.data.shared_memory import SharedMemory
 from vstar_jax.data.video import Clip, ReadCounts, VideoError
 
 Result = TypeVar("Result")
@@ -57,6 +58,7 @@ class Worker:
         self.deadline = deadline
         self._process: Any = None
         self._pipe: Connection | None = None
+        self._memory: SharedMemory | None = None
         self._served = 0
         self._stopping = threading.Lock()
 
@@ -66,15 +68,16 @@ class Worker:
             self.stop()
         if self._pipe is None:
             self._start()
-        pipe = self._pipe
+        pipe, memory = self._pipe, self._memory
         assert pipe is not None
+        assert memory is not None
         self._served += 1
         answer = None
         try:
             pipe.send((function, args))
             if not pipe.poll(self.deadline):
                 raise Lost("killed", f"the decoder hung and was stopped after {self.deadline:g} seconds")
-            answer = pipe.recv()
+            answer = memory.take(pipe.recv())
         except (EOFError, OSError):
             raise Lost("crashed", f"the decoder crashed (exit code {self.stop()})") from None
         finally:
@@ -88,8 +91,9 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads of JAX can hang
         pipe, theirs = context.Pipe()
-        self._pipe = pipe
-        self._process = context.Process(target=_serve, args=(theirs, self.deadline), daemon=True, name="decoder")
+        self._pipe, self._memory = pipe, SharedMemory.made()
+        arguments = (theirs, self._memory, self.deadline)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True, name="decoder")
         self._process.start()
         theirs.close()
         self._served = 0
@@ -105,7 +109,7 @@ class Worker:
         """Kills the process if there is one; returns its exit code. Any thread may call it, also while another does."""
         with self._stopping:
             process, pipe = self._process, self._pipe
-            self._process = self._pipe = None
+            self._process = self._pipe = self._memory = None
         if process is None or pipe is None:
             return None
         # A process that crashed has its own code, which a kill would hide if it came first.
@@ -118,7 +122,7 @@ class Worker:
         return int(code)
 
 
-def _serve(pipe: Connection, deadline: float) -> None:
+def _serve(pipe: Connection, memory: SharedMemory, deadline: float) -> None:
     """The process: answers (function, args) with (True, result) or (False, exception) until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["DECORD_EOF_RETRY_MAX"] = str(EOF_RETRIES)
@@ -138,7 +142,7 @@ def _serve(pipe: Connection, deadline: float) -> None:
             except Exception as error:
                 answer = (False, error)
             signal.alarm(0)
-            pipe.send(answer)
+            pipe.send(memory.put(answer))
 
 
 class Decoder:

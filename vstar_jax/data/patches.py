@@ -51,8 +51,11 @@ def patchify(frames: np.ndarray) -> tuple[np.ndarray, Grid]:
             f"frames of {height} x {width} pixels do not split into patches: resize both sides to multiples of 28."
         )
     t, h, w = count // TEMPORAL_PATCH, height // PATCH, width // PATCH
-    blocks = frames.reshape(t, TEMPORAL_PATCH, h // MERGE_SIDE, MERGE_SIDE, PATCH, w // MERGE_SIDE, MERGE_SIDE, PATCH, channels)
-    return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, PATCH_VALUES), (t, h, w)
+    # The pixels of a patch's row travel as one item, for numpy moves items one by one.
+    rows = np.ascontiguousarray(frames.transpose(0, 3, 1, 2)).view(f"V{PATCH}")
+    blocks = rows.reshape(t, TEMPORAL_PATCH, channels, h // MERGE_SIDE, MERGE_SIDE, PATCH, w // MERGE_SIDE, MERGE_SIDE)
+    patches = np.ascontiguousarray(blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
+    return patches.reshape(t * h * w, PATCH_VALUES), (t, h, w)
 
 
 @lru_cache(maxsize=256)

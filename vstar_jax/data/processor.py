@@ -1,4 +1,4 @@
-"""Frames to what the model sees: resized as Qwen2.5-VL's processor does and cut into patches.
+"""Frames to what the model sees: resized as Qwen2.5-VL's processors do and cut into patches.
 
 Frames come from `video` or are drawn; `chat` places the result in a dialogue. Values stay uint8: the vision tower normalises
 on the device.
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vstar_jax.config import VideoConfig
+from vstar_jax.data.bicubic import resize
 from vstar_jax.data.patches import MERGE_SIDE, PATCH, TEMPORAL_PATCH, Grid, patchify
 
 FACTOR = PATCH * MERGE_SIDE
@@ -53,26 +54,21 @@ def _multiple(units: float, rounding: Callable[[float], int], factor: int) -> in
     return max(1, rounding(units)) * factor
 
 
-def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frames uint8 [T, H, W, 3] to [T, height, width, 3], bicubic with antialias."""
-    if frames.shape[1:3] == (height, width):
-        return frames
-    images = (Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
-    return np.stack([np.asarray(image) for image in images])
-
-
 def process(frames: np.ndarray, fps: float, config: VideoConfig) -> ProcessedClip:
     """A clip for the model; frames uint8 [T, H, W, 3] at `fps` frames a second, T at least 1 (an odd T repeats the last)."""
-    patches, grid = _patches(frames, config)
+    patches, grid = patchify(resize(frames, *_size(frames, config)))
     return ProcessedClip(patches, grid, config.second_per_grid or TEMPORAL_PATCH / fps)
 
 
 def process_image(image: np.ndarray, config: VideoConfig) -> ProcessedClip:
-    """A still picture uint8 [H, W, 3] for the model, as one temporal patch."""
-    patches, grid = _patches(image[None], config)
+    """A still picture uint8 [H, W, 3] for the model, as one temporal patch.
+
+    Resized by Pillow, to the bit as the reference's processor of pictures does it; a clip may differ from that by a grey level.
+    """
+    height, width = _size(image[None], config)
+    patches, grid = patchify(np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))[None])
     return ProcessedClip(patches, grid, 0.0, is_video=False)
 
 
-def _patches(frames: np.ndarray, config: VideoConfig) -> tuple[np.ndarray, Grid]:
-    size = smart_resize(frames.shape[1], frames.shape[2], config.min_pixels, config.max_pixels)
-    return patchify(resize(frames, *size))
+def _size(frames: np.ndarray, config: VideoConfig) -> tuple[int, int]:
+    return smart_resize(frames.shape[1], frames.shape[2], config.min_pixels, config.max_pixels)

@@ -32,11 +32,10 @@ from vstar_jax.rollout.player import Played
 from vstar_jax.sharding import put, put_batch
 from vstar_jax.tools.host import Tools, failed_share
 from vstar_jax.tools.protocol import STATUSES
-from vstar_jax.training.checkpoint import Checkpointer
 from vstar_jax.training.collect import Collector, Step, as_record, sampling_of
+from vstar_jax.training.interrupts import asked_to_stop, stop_requests
 from vstar_jax.training.metrics import MetricsWriter
 from vstar_jax.training.profile import Profile
-from vstar_jax.training.sft import asked_to_stop, stop_requests
 from vstar_jax.training.state import TrainState, create_state, make_optimizer, zeros_like_float32
 
 FOLDER = "grpo"
@@ -180,6 +179,8 @@ def train_grpo(model: Qwen25VL, task: Task, chat: Chat, tools: Tools, config: Co
     when too many tool calls of a step failed (after saving; the run goes on with that step), when the loss is no longer a
     number, and when the disk is full.
     """
+    from vstar_jax.training.checkpoint import Checkpointer  # orbax, which the benchmark of a step does without
+
     _check_rows(config, mesh)
     grpo, offset = config.grpo, config.sft.steps
     optimizer = make_grpo_optimizer(config)

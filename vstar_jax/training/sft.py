@@ -1,9 +1,6 @@
 """The SFT run: batches in, checkpoints and metrics out, interruptible and resumable at any step."""
 
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,37 +11,15 @@ from tqdm import tqdm
 
 from vstar_jax.batch import Batch
 from vstar_jax.config import Config
-from vstar_jax.distributed import first, largest
+from vstar_jax.distributed import first
 from vstar_jax.errors import Interrupted, UserError
 from vstar_jax.models.qwen2_5_vl import Qwen25VL
 from vstar_jax.sharding import put_batch
 from vstar_jax.training.checkpoint import Checkpointer
+from vstar_jax.training.interrupts import asked_to_stop, stop_requests
 from vstar_jax.training.metrics import MetricsWriter
 from vstar_jax.training.profile import Profile
 from vstar_jax.training.state import TrainState, create_state, make_optimizer, make_train_step
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list, so that a step is always finished and saved; a second SIGINT breaks off."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def asked_to_stop(stops: Sequence[int]) -> int:
-    """The signal by which any of the processes was asked to stop, 0 for none: all stop after the same step."""
-    return largest([stops[0] if stops else 0])[0]
 
 
 @dataclass(frozen=True)
