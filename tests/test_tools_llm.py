@@ -294,7 +294,7 @@ def test_the_describer_shows_key_frames_and_keeps_three_sentences() -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Endpoint]]:
     with endpoint(says("It moves.")) as there:
-        flags = (f"--llm.base_url={there.url}", "--llm.attempt_seconds=1", "--llm.failures=100")
+        flags = (f"--llm.base_url={there.url}", "--llm.attempt_seconds=2", "--llm.failures=100")
         running = RunningServer(tmp_path_factory.mktemp("llm"), *flags, env={"DASHSCOPE_API_KEY": KEY, "OPENAI_LOG": "debug"})
         yield running, there
         running.close()
