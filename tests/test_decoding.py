@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from video_files import cut, write_video
 
-from vstar_jax.data import decoding, shared_memory, video
+from vstar_jax.config import VideoConfig
+from vstar_jax.data import decoding, processor, shared_memory, video
 from vstar_jax.data.decoding import Decoder, Worker
 from vstar_jax.data.shared_memory import SharedMemory
 from vstar_jax.data.video import VideoError
@@ -63,6 +64,17 @@ def test_clips_are_read_as_in_this_process(tmp_path: Path, decoder: Decoder) -> 
     assert clip.fps == here.fps
     assert len(decoder.read(path, 16, exact=8).frames) == 8
     assert decoder.counts.snapshot()["decord"] == before + 2
+
+
+def test_clips_are_prepared_as_in_this_process(tmp_path: Path, decoder: Decoder) -> None:
+    path, config = write_video(tmp_path / "a.mp4", frames=20), VideoConfig(frames=8, max_pixels=28 * 28 * 4)
+    before, clip = decoder.counts.snapshot()["decord"], video.read(path, 8)
+    there, here = decoder.process(path, config), processor.process(clip.frames, clip.fps, config)
+    np.testing.assert_array_equal(there.patches, here.patches)
+    assert (there.grid, there.second_per_grid, there.is_video) == (here.grid, here.second_per_grid, True)
+    assert decoder.counts.snapshot()["decord"] == before + 1
+    with pytest.raises(VideoError, match="is not there"):
+        decoder.process(tmp_path / "b.mp4", config)
 
 
 def test_an_answer_stays_when_the_next_one_comes_and_may_be_written_to() -> None:

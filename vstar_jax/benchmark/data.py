@@ -28,6 +28,7 @@ from vstar_jax.data.chat import Chat, Message
 from vstar_jax.data.decoding import Decoder
 from vstar_jax.data.patches import TEMPORAL_PATCH, window_order
 from vstar_jax.data.pipeline import train_batches
+from vstar_jax.data.processor import ProcessedClip
 from vstar_jax.data.stick_motion import motions, render
 from vstar_jax.dialogue import Prompts, ToolResult, assistant, first_messages, second_messages
 from vstar_jax.errors import UserError
@@ -115,7 +116,6 @@ class Ours:
         self.paths, self.messages, self.work = paths, messages, work
         self.chat = Chat(config_module.resolve(config.policy.path), config.video)
         self.decoder = Decoder(work.workers)
-        self.frames = config.video.frames
         example = self.example(0)
         # One shape for all: files are of one size, and the rival pads to the longest of a batch.
         data = replace(
@@ -125,8 +125,10 @@ class Ours:
 
     def example(self, number: int) -> Example:
         """The dialogue about a file."""
-        clip = self.decoder.read(self.paths[number % len(self.paths)], self.frames)
-        return self.chat.encode(self.messages, [self.chat.clip(clip.frames, clip.fps)])
+        return self.chat.encode(self.messages, [self._clip(number)])
+
+    def _clip(self, number: int) -> ProcessedClip:
+        return self.decoder.process(self.paths[number % len(self.paths)], self.chat.video)
 
     def batches(self, clips: int) -> Iterator[Batch]:
         """Batches over `clips` clips; after the last one nothing is being read."""
@@ -139,8 +141,7 @@ class Ours:
     def prepared(self, number: int) -> Prepared:
         """See `Pipeline`."""
         example = self.example(number)
-        clip = self.decoder.read(self.paths[number], self.frames)
-        grid = self.chat.clip(clip.frames, clip.fps).grid
+        grid = self._clip(number).grid
         patches = np.empty_like(example.patches)
         patches[window_order(grid).order] = example.patches
         return Prepared(example.tokens, patches, grid)

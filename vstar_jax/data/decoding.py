@@ -17,7 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vstar_jax.data import video
+from vstar_jax.config import VideoConfig
+from vstar_jax.data import processor, video
+from vstar_jax.data.processor import ProcessedClip
 from vstar_jax.data.shared_memory import SharedMemory
 from vstar_jax.data.video import Clip, ReadCounts, VideoError
 
@@ -166,6 +168,12 @@ class Decoder:
         self.counts.add(outcome)
         return clip
 
+    def process(self, path: str | Path, config: VideoConfig) -> ProcessedClip:
+        """What `processor.process` makes of `read`, in the process too: the calling thread only waits. VideoError as `read`."""
+        clip, outcome = self.run(path, _processed, str(path), config)
+        self.counts.add(outcome)
+        return clip
+
     def run(self, path: str | Path, function: Callable[..., Result], *args: Any) -> Result:
         """`function(*args)` on the clip at `path`, in a process. VideoError, counted and listed, when that fails or is lost."""
         worker = self._idle.get()
@@ -201,3 +209,8 @@ def _read(path: str, max_frames: int, exact: int | None) -> tuple[Clip, str]:
     counts = ReadCounts()
     clip = video.read(path, max_frames, exact, counts)
     return clip, next(outcome for outcome, count in counts.snapshot().items() if count)
+
+
+def _processed(path: str, config: VideoConfig) -> tuple[ProcessedClip, str]:
+    clip, outcome = _read(path, config.frames, None)
+    return processor.process(clip.frames, clip.fps, config), outcome

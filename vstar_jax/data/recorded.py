@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from vstar_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+Decoded = TypeVar("Decoded")
 Toolbox = Callable[[np.ndarray, float, Sequence[str], Decision], ToolResult]
 """Calls tools: frames uint8 [T, H, W, 3], frames a second, the vocabulary and the decision -> what they return."""
 
@@ -148,13 +150,20 @@ class Recorded:
                 "scripts/synthesize.py and set data.dialogues to their file."
             )
         dialogue = self._dialogues.get(record.path)
-        clip = self._read(record) if dialogue else None
-        if clip is None or dialogue is None:
+        if dialogue is None:
             return None
         dialect = self.config.data.dialect
         labels = self._lists[record.group].labels
         decision = parse_decision(dialogue.first, dialect)
-        shown = self.tools(clip.frames, clip.fps, labels, decision).frames if _visual(decision) else None
+        shown, clips = None, []
+        if not _visual(decision):
+            processed = self._decoded(record, lambda video: self.decoder.process(video, self.chat.video))
+            clips = [] if processed is None else [processed]
+        elif clip := self._read(record):
+            shown = self.tools(clip.frames, clip.fps, labels, decision).frames
+            clips = [self.chat.clip(frames, clip.fps) for frames in (clip.frames, shown) if frames is not None]
+        if not clips:
+            return None
         result = ToolResult(shown, dialogue.explanation or None, dialogue.description or None)
         messages = [
             *first_messages(self.prompts, dialect),
@@ -162,7 +171,6 @@ class Recorded:
             *second_messages(self.prompts, result, labels, dialect),
             assistant(dialogue.second),
         ]
-        clips = [self.chat.clip(f, clip.fps) for f in (clip.frames, shown) if f is not None]
         return self.chat.encode(messages, clips, target=self.config.sft.target)
 
     def episode(self, record: Record, rng: np.random.Generator, *, training: bool = False) -> Episode | None:
@@ -184,11 +192,15 @@ class Recorded:
         )
 
     def _read(self, record: Record) -> Clip | None:
+        return self._decoded(record, lambda video: self.decoder.read(video, self.config.video.frames))
+
+    def _decoded(self, record: Record, decode: Callable[[Path], Decoded]) -> Decoded | None:
+        """What `decode` makes of the record's video; None, with a warning, when it is missing or cannot be read."""
         if record.video is None or record.problem:
             log.warning("clip %s is left out: %s", record.name, record.problem)
             return None
         try:
-            return self.decoder.read(record.video, self.config.video.frames)
+            return decode(record.video)
         except VideoError as error:
             log.warning("clip %s is left out: %s", record.name, error)
             return None
