@@ -170,7 +170,8 @@ class TextModel(nnx.Module):
         end leaves nothing behind: the next call writes over it); layers: of `each_layer`, when the cache has an array for each.
         Returns hidden states [B, S, D] and the grown cache.
         """
-        cos, sin = self._angles(positions)
+        # Else XLA on CPU computes sines again for every head of every layer.
+        cos, sin = jax.lax.optimization_barrier(self._angles(positions))
         slots = cache.lengths[:, None] + jnp.arange(x.shape[1])
         prefix = cache.prefix
 

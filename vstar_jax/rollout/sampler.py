@@ -85,9 +85,12 @@ def decode(
     unrolled = sharding.platform() != "tpu"
     layers, cache = (model.text.each_layer(), cache.by_layer()) if unrolled else (None, cache)
 
+    # All at once: one number at a time, drawing it costs a token as much as a layer.
+    points = jax.vmap(lambda at: uniform(jax.vmap(jax.random.fold_in, (0, None))(keys, at)))(jnp.arange(limit))
+
     def step(carry):
         at, done, logits, positions, cache, completion = carry
-        token, log_prob = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at), temperature, top_p)
+        token, log_prob = sample(logits, points[at], temperature, top_p)
         token, log_prob = jnp.where(done, 0, token), jnp.where(done, 0.0, log_prob)
         completion = Completion(
             completion.tokens.at[row_ids, at].set(token),
@@ -126,20 +129,28 @@ def stages(slots: int) -> list[int]:
     return sizes
 
 
-def sample(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:
-    """One token int32 [B] from logits [B, V] and its log-probability float32 [B] under the untruncated policy."""
+def uniform(keys: jax.Array) -> jax.Array:
+    """A number float32 [B] from 0 to 1 for each key [B]."""
+    return jax.vmap(jax.random.uniform)(keys)
+
+
+def sample(logits: jax.Array, points: jax.Array, temperature: float, top_p: float) -> tuple[jax.Array, jax.Array]:
+    """One token int32 [B] from logits [B, V] and its log-probability float32 [B] under the untruncated policy.
+
+    points: see `draw`.
+    """
     # Whole on each device: split over a vocabulary, the sums below would send each intermediate of this size.
     logits = sharding.constrain(logits, "batch", None)
     log_probs = jax.nn.log_softmax(logits / temperature if temperature else logits)
     if not temperature:
         token = jnp.argmax(log_probs, axis=-1)
     else:
-        token = draw(keys, jnp.exp(log_probs if top_p == 1.0 else nucleus(log_probs, top_p)))
+        token = draw(points, jnp.exp(log_probs if top_p == 1.0 else nucleus(log_probs, top_p)))
     return token.astype(jnp.int32), jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
 
 
-def draw(keys: jax.Array, weights: jax.Array) -> jax.Array:
-    """Index int32 [B] drawn in proportion to weights float32 [B, V] that are not negative, by a uniform number a row.
+def draw(points: jax.Array, weights: jax.Array) -> jax.Array:
+    """Index int32 [B] drawn in proportion to weights float32 [B, V] that are not negative, by uniform numbers float32 [B].
 
     The inverse of the distribution function needs one random number where Gumbel's trick needs V; it sums by blocks, since a
     running sum over a whole vocabulary is slow, and inexact in float32.
@@ -147,7 +158,7 @@ def draw(keys: jax.Array, weights: jax.Array) -> jax.Array:
     rows, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
     ends = jnp.cumsum(blocks.sum(-1), axis=-1)
-    point = jnp.minimum(jax.vmap(jax.random.uniform)(keys), BELOW) * ends[:, -1]
+    point = jnp.minimum(points, BELOW) * ends[:, -1]
     block = (ends <= point[:, None]).sum(-1)
     before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
     inner = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], axis=-1)

@@ -22,7 +22,7 @@ from vstar_jax import sharding
 from vstar_jax.batch import Batch, Example, bucket, collate
 from vstar_jax.models.config import Architecture, TextArchitecture
 from vstar_jax.models.text import KVCache
-from vstar_jax.rollout.sampler import draw, nucleus, prefill
+from vstar_jax.rollout.sampler import draw, nucleus, prefill, uniform
 from vstar_jax.rollout.weights import rollout_weights
 
 log = logging.getLogger(__name__)
@@ -339,4 +339,4 @@ def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: ja
 
     # Sorting a whole vocabulary for every token is left out when nobody asks for it.
     kept = jax.lax.cond((top_p < 1).any(), truncated, lambda: log_probs)
-    return jnp.where(temperature > 0, draw(keys, jnp.exp(kept)), jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    return jnp.where(temperature > 0, draw(uniform(keys), jnp.exp(kept)), jnp.argmax(logits, axis=-1)).astype(jnp.int32)
