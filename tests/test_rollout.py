@@ -221,7 +221,7 @@ def test_a_shared_prompt_is_as_good_as_a_copy_in_each_row(model, prompts):
         model, collate([[e] for e in prompts], (32,), (32,)), KVCache.empty(model.text.cfg, 8, 32, model.text.dtype)
     )
     cache = prefix.shared(MEMBERS, LIMIT)
-    assert cache.keys.shape[3] == LIMIT
+    assert cache.slots == LIMIT
     assert cache.prefix is prefix
     shared, _ = decode(model, jnp.repeat(logits, MEMBERS, 0), jnp.repeat(starts, MEMBERS), cache, keys, none, **options)
     np.testing.assert_array_equal(shared.tokens, copied.tokens)

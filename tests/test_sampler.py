@@ -155,7 +155,7 @@ def test_draws_follow_weights_over_many_blocks_and_take_no_index_of_weight_zero(
     weights[[0, -1]] = 0.0  # the ends, where rounding would go wrong first
     weights[vocab // 2] = 1.0
     rows = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), (draws, vocab))
-    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), draws), rows))
+    drawn = np.asarray(draw(jax.random.uniform(jax.random.key(0), draws), rows))
     assert drawn.dtype == np.int32
     assert (weights[drawn] > 0).all()
     expected = weights / weights.sum()
@@ -166,8 +166,8 @@ def test_draws_follow_weights_over_many_blocks_and_take_no_index_of_weight_zero(
 
 def test_sampling_follows_the_distribution():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
-    keys = jax.random.split(jax.random.key(0), 4000)
-    tokens, _ = sample(jnp.broadcast_to(jnp.log(probabilities), (4000, 4)), keys, 1.0, 1.0)
+    points = jax.random.uniform(jax.random.key(0), 4000)
+    tokens, _ = sample(jnp.broadcast_to(jnp.log(probabilities), (4000, 4)), points, 1.0, 1.0)
     frequencies = np.bincount(np.asarray(tokens), minlength=4) / 4000
     # Four standard errors of a frequency over 4,000 draws.
     np.testing.assert_allclose(frequencies, probabilities, atol=4 * 0.5 / np.sqrt(4000))

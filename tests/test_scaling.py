@@ -231,8 +231,8 @@ def test_unknown_models_and_programs_are_one_sentence():
 
 def test_long_turns_attend_in_blocks_as_they_would_at_once(monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 11, 4, 8), (2, 2, 20, 8), (2, 2, 20, 8)))
-    prefix = (k[:1, :, :5], v[:1, :, :5], jnp.asarray([4]))
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 11, 4, 8), (2, 2, 8, 20), (2, 2, 20, 8)))
+    prefix = (k[:1, ..., :5], v[:1, :, :5], jnp.asarray([4]))
     slots = jnp.arange(11) + jnp.asarray([[0], [3]])
     whole = attention.attention_cached(q, k, v, slots), attention.attention_after(prefix, q, k, v, slots)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)

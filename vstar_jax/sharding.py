@@ -136,6 +136,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def rows_by_device(x: jax.Array) -> jax.Array:
+    """Rows [B, ...] as [devices, B / devices, ...], split as `map_over_rows` splits them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x.reshape(row_devices(mesh) if _splits(x, mesh) else 1, -1, *x.shape[1:])
+
+
+def _splits(x: jax.Array, mesh: Any) -> bool:
+    """Whether there are devices over which the rows of `x` can be split."""
+    return not mesh.empty and row_devices(mesh) > 1 and x.shape[0] % row_devices(mesh) == 0
+
+
 def map_over_rows(function: Callable[[Any, Any], Any], shared: Any, rows: Any) -> Any:
     """`function(shared, rows)`, arrays [B, ...], each device with its own rows [B, ...] of the batch.
 
@@ -143,7 +154,7 @@ def map_over_rows(function: Callable[[Any, Any], Any], shared: Any, rows: Any) -
     once after, each device keeping its part of the sum, where the compiler alone does both in every iteration.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or row_devices(mesh) == 1 or jax.tree.leaves(rows)[0].shape[0] % row_devices(mesh):
+    if not _splits(jax.tree.leaves(rows)[0], mesh):
         return function(shared, rows)
 
     def along(variable: nnx.Variable) -> int | None:

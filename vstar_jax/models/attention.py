@@ -50,14 +50,17 @@ def attention(
 
 
 def attention_cached(q: jax.Array, k: jax.Array, v: jax.Array, q_slots: Array) -> jax.Array:
-    """`attention` over a cache: k, v [B, K, T, d]; query i sees keys up to slot q_slots[i] of the T, int32 [B, S]."""
+    """`attention` over a cache, k [B, K, d, T], v [B, K, T, d]; query i sees keys up to slot q_slots[i], int32 [B, S]."""
+
+    total = v.shape[2]
 
     def seen(slots: Array) -> jax.Array:
-        return jnp.arange(k.shape[2]) <= slots[:, None, :, None]
+        return jnp.arange(total) <= slots[:, None, :, None]
 
     if _flash(q):
-        return jax.nn.dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=seen(q_slots), implementation="cudnn")
-    return _in_blocks(lambda q, slots: _plain(q, k, v, seen(slots), False), q, q_slots)
+        k, v = k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)
+        return jax.nn.dot_product_attention(q, k, v, mask=seen(q_slots), implementation="cudnn")
+    return _in_blocks(lambda q, slots: _plain(q, k.swapaxes(2, 3), v, seen(slots), False), q, q_slots)
 
 
 def _in_blocks(attend: Callable[[jax.Array, Array], jax.Array], q: jax.Array, q_slots: Array) -> jax.Array:
@@ -87,9 +90,9 @@ def attention_after(
     """`attention` over a prefix that G rows share and the slots of each row's own cache, as one softmax.
 
     Args:
-        prefix: keys and values [B / G, K, T0, d], and int32 [B / G], how many of the T0 slots are filled. Rows of a group
-            stand side by side, so that row b has the prefix b // G, which is read once for all of them and never copied.
-        q: [B, S, N, d]; k, v: [B, K, T, d]; q_slots int32 [B, S], the own slots that a query sees.
+        prefix: keys [B / G, K, d, T0], values [B / G, K, T0, d], and int32 [B / G], how many of the T0 slots are filled. Rows
+            of a group stand side by side, so that row b has the prefix b // G, which is read once for all and never copied.
+        q: [B, S, N, d]; k: [B, K, d, T]; v: [B, K, T, d]; q_slots int32 [B, S], the own slots that a query sees.
 
     Returns [B, S, N, d] in the type of q.
     """
@@ -100,7 +103,7 @@ def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Arra
     """`attention_after` with the scores of all queries at once."""
     prefix_k, prefix_v, filled = prefix
     rows, length, heads, dim = q.shape
-    groups, kv_heads, shared = prefix_k.shape[:3]
+    groups, kv_heads, shared = prefix_v.shape[:3]
     members, repeats = rows // groups, heads // kv_heads
 
     def pinned(x: jax.Array) -> jax.Array:
@@ -112,12 +115,12 @@ def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Arra
     by_group = by_row.reshape(groups, members, kv_heads, -1, dim).swapaxes(1, 2)
     by_group = pinned(pinned(by_group).reshape(groups, kv_heads, -1, dim))
 
-    ahead = jnp.einsum("bkqd,bktd->bkqt", by_group, prefix_k, preferred_element_type=jnp.float32)
+    ahead = jnp.einsum("bkqd,bkdt->bkqt", by_group, prefix_k, preferred_element_type=jnp.float32)
     ahead = jnp.where((jnp.arange(shared) < filled[:, None])[:, None, None], ahead, HIDDEN)
     ahead = pinned(ahead.reshape(groups, kv_heads, members, -1, shared))
     ahead = pinned(ahead.swapaxes(1, 2).reshape(rows, kv_heads, -1, shared))
-    own = jnp.einsum("bkqd,bktd->bkqt", by_row, k, preferred_element_type=jnp.float32)
-    seen = jnp.arange(k.shape[2]) <= q_slots[:, None, None, :, None]
+    own = jnp.einsum("bkqd,bkdt->bkqt", by_row, k, preferred_element_type=jnp.float32)
+    seen = jnp.arange(v.shape[2]) <= q_slots[:, None, None, :, None]
     own = jnp.where(seen, own.reshape(rows, kv_heads, repeats, length, -1), HIDDEN).reshape(own.shape)
 
     top = jnp.maximum(ahead.max(-1, keepdims=True), own.max(-1, keepdims=True))
@@ -137,9 +140,9 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, cau
     XLA skips no hidden key: under a causal mask the queries go in blocks, each with the keys up to its own end.
     """
     rows, length, heads, dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads = v.shape[1]
     q = (q * dim**-0.5).reshape(rows, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
-    mask = None if mask is None else jnp.broadcast_to(mask, (rows, 1, length, k.shape[2]))
+    mask = None if mask is None else jnp.broadcast_to(mask, (rows, 1, length, v.shape[2]))
 
     def block(start: int, end: int, keys: int) -> jax.Array:
         queries = q[:, :, :, start:end].reshape(rows, kv_heads, -1, dim)
@@ -157,7 +160,7 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, cau
         spans = [(start, min(start + size, length)) for start in range(0, length, size)]
         out = jnp.concatenate([block(start, end, end) for start, end in spans], axis=3)
     else:
-        out = block(0, length, k.shape[2])
+        out = block(0, length, v.shape[2])
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
 
 

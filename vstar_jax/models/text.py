@@ -20,9 +20,10 @@ from vstar_jax.sharding import constrain
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths", "prefix"], meta_fields=[])
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values [L, B, K, T, d], or an array for each layer; lengths int32 [B], the slots of each row that are filled.
+    """keys [L, B, K, d, T], values [L, B, K, T, d], or arrays for each layer; lengths int32 [B], the filled slots of each row.
 
-    prefix: the cache of B / G prompts, of which row b continues number b // G, or None when rows stand for themselves.
+    So laid out, scores and the sums that they weigh are plain products of matrices. prefix: the cache of B / G prompts, of
+    which row b continues number b // G, or None when rows stand for themselves.
     """
 
     keys: Any
@@ -33,24 +34,23 @@ class KVCache:
     @classmethod
     def empty(cls, cfg: TextArchitecture, rows: int, slots: int, dtype: jnp.dtype) -> "KVCache":
         """A cache of `slots` tokens for each of `rows` sequences."""
-        shape = (cfg.layers, rows, cfg.kv_heads, slots, cfg.head_dim)
-        zeros = constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None)
-        return cls(zeros, zeros, jnp.zeros(rows, jnp.int32))
+        return cls(*_zeros((cfg.layers, rows, cfg.kv_heads, slots, cfg.head_dim), dtype), jnp.zeros(rows, jnp.int32))
 
     def grown(self, slots: int) -> "KVCache":
         """The same cache with room for `slots` more tokens in each row."""
-        widths = ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0))
-        return replace(self, keys=jnp.pad(self.keys, widths), values=jnp.pad(self.values, widths))
+        same, more = (0, 0), (0, slots)
+        keys = jnp.pad(self.keys, (same, same, same, same, more))
+        return replace(self, keys=keys, values=jnp.pad(self.values, (same, same, same, more, same)))
 
     @property
     def slots(self) -> int:
         """Slots T of each row, filled or not."""
-        return jax.tree.leaves(self.keys)[0].shape[-2]
+        return jax.tree.leaves(self.keys)[0].shape[-1]
 
     def first(self, slots: int) -> "KVCache":
         """The same rows with their first `slots` slots alone."""
-        keys, values = (jax.tree.map(lambda x: x[..., :slots, :], x) for x in (self.keys, self.values))
-        return replace(self, keys=keys, values=values)
+        keys = jax.tree.map(lambda x: x[..., :slots], self.keys)
+        return replace(self, keys=keys, values=jax.tree.map(lambda x: x[..., :slots, :], self.values))
 
     def with_first(self, part: "KVCache") -> "KVCache":
         """The same cache after tokens were appended to `part`, its first slots."""
@@ -73,10 +73,15 @@ class KVCache:
 
     def shared(self, members: int, slots: int) -> "KVCache":
         """An empty cache of `slots` tokens for each of `members` rows that continue each of this cache's rows."""
-        layers, rows, kv_heads, _, dim = self.keys.shape
-        zeros = jnp.zeros((layers, rows * members, kv_heads, slots, dim), self.keys.dtype)
-        zeros = constrain(zeros, None, "batch", "kv_heads", None, None)
-        return KVCache(zeros, zeros, jnp.zeros(rows * members, jnp.int32), self)
+        layers, rows, kv_heads, dim, _ = self.keys.shape
+        empty = _zeros((layers, rows * members, kv_heads, slots, dim), self.keys.dtype)
+        return KVCache(*empty, jnp.zeros(rows * members, jnp.int32), self)
+
+
+def _zeros(shape: Sequence[int], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a cache, the values of `shape`."""
+    values = constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None)
+    return values.swapaxes(3, 4), values
 
 
 class DecoderLayer(nnx.Module):
@@ -178,7 +183,7 @@ class TextModel(nnx.Module):
         def append(layer: DecoderLayer, x, keys, values, at, ahead):
             """One layer; at: the index of the layer in keys and values, () where they are its own."""
             q, k, v = layer.project(x, cos, sin)
-            keys, values = _stored(keys, k, slots, at), _stored(values, v, slots, at)
+            keys, values = _stored(keys, k, slots, at, -1), _stored(values, v, slots, at, -2)
             own = keys[at].astype(q.dtype), values[at].astype(q.dtype)
             out = attention_cached(q, *own, slots) if ahead is None else attention_after(ahead, q, *own, slots)
             return layer.finish(x, out), keys, values
@@ -208,15 +213,16 @@ class TextModel(nnx.Module):
         return rope.mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)
 
 
-def _stored(cache: jax.Array, new: jax.Array, slots: Array, at: tuple[jax.Array, ...]) -> jax.Array:
-    """A layer's keys or values [B, K, T, d], or those of all layers [L, B, K, T, d] with `at` the layer's index, with
-    new [B, S, K, d] in the slots int32 [B, S] of each row; slots behind the last one are left out.
+def _stored(cache: jax.Array, new: jax.Array, slots: Array, at: tuple[jax.Array, ...], axis: int) -> jax.Array:
+    """A layer's keys or values, or those of all layers with `at` the layer's index, with new [B, S, K, d] in the slots int32
+    [B, S] of each row along `axis`; slots behind the last one are left out.
 
     By rows, so that the compiler knows that no row's new ones are for another device.
     """
+    ahead = (slice(None),) * (3 + axis)
 
     def stored(cache: jax.Array, new: jax.Array, slots: Array) -> jax.Array:
-        new = new if at else new.swapaxes(0, 1)  # two indices with heads between them put slots first, one leaves them
-        return cache.at[(*at, slice(None), slots)].set(new, mode="drop")
+        new = new if at else jnp.moveaxis(new, 0, axis)  # two indices with axes between them put slots first, one leaves them
+        return cache.at[(*at, *ahead, slots)].set(new, mode="drop")
 
     return jax.vmap(stored, (len(at), 0, 0), len(at))(cache, new.astype(cache.dtype), slots)

@@ -78,8 +78,8 @@ def token_log_probs(model: Qwen25VL, batch: Batch, *, chunk: int, temperature: f
         return target - jax.nn.logsumexp(logits, axis=-1)
 
     targets = jnp.roll(batch.tokens, -1, axis=1)
-    following = per_token(model.text, model.hidden(batch, packed=packed), targets, log_prob, chunk)
-    return jnp.where(batch.loss_mask, jnp.roll(following, 1, axis=1), 0.0).at[:, 0].set(0.0)
+    mask = jnp.roll(batch.loss_mask, -1, axis=1).at[:, -1].set(False)
+    return jnp.roll(per_token(model.text, model.hidden(batch, packed=packed), targets, mask, log_prob, chunk), 1, axis=1)
 
 
 def divergence(log_probs: jax.Array, other: jax.Array, estimator: Literal["k1", "k2", "k3"]) -> jax.Array:

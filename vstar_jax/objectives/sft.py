@@ -31,8 +31,7 @@ def sft_loss(model: Qwen25VL, batch: Batch, *, chunk: int, packed: bool) -> Tota
 
     def loss_and_hit(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - target, target == logits.max(axis=-1)
+        return jax.nn.logsumexp(logits, axis=-1) - target, (target == logits.max(axis=-1)).astype(jnp.float32)
 
-    loss, hit = per_token(model.text, model.hidden(batch, packed=packed), targets, loss_and_hit, chunk)
-    correct = (mask & hit).sum(dtype=jnp.float32)
-    return Totals(jnp.where(mask, loss, 0.0).sum(), correct, mask.sum(dtype=jnp.float32))
+    loss, hit = per_token(model.text, model.hidden(batch, packed=packed), targets, mask, loss_and_hit, chunk)
+    return Totals(loss.sum(), hit.sum(), mask.sum(dtype=jnp.float32))
