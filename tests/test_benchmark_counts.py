@@ -75,7 +75,7 @@ def test_a_training_step_has_three_forward_passes_but_for_what_xla_hides_and_lea
     hidden = sum((end - start) * end for start, end in ends) - operations.seen(length)
     assert 0 < hidden < operations.seen(length) / 2
     hidden_operations = operations.text_operations(architecture.text, 0, hidden, 0)
-    forward = rows * (operations.row_operations(size, 1, length) + hidden_operations)
+    forward = rows * (operations.row_operations(size, 1, length, length) + hidden_operations)
     assert forward == pytest.approx(counted(loss, state, batch), rel=TOLERANCE)
     # Nobody needs the gradient of pixels.
     pixels = 2 * np.prod(batch.vision.patches.shape) * architecture.vision.hidden
@@ -98,7 +98,7 @@ def test_a_decoded_token_has_the_operations_that_xla_counts_and_a_step_of_grpo_i
     rollout = operations.rollout_operations(size, 1, 3, prompt, 2, 5)
     assert rollout == pytest.approx(3 * (ahead + 2 * replies), rel=TOLERANCE)
     whole = replace(size, prompt=(10, 10))
-    learned = 3 * 2 * operations.row_operations(size, 1, 25)
+    learned = 3 * 2 * operations.row_operations(size, 1, 25, 5)
     for with_reference, passes in ((False, 3), (True, 4)):
         step = step_operations(whole, work, prompt, with_reference)
         assert step == pytest.approx(rollout + passes * learned, rel=TOLERANCE)

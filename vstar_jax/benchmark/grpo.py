@@ -300,7 +300,7 @@ def step_operations(size: Size, work: Workload, prompt: int, with_reference: boo
     """
     clips = len(size.prompt) - 1
     passes = TRAINING + with_reference
-    learned = passes * work.prompts * work.group * row_operations(size, clips, prompt + work.tokens)
+    learned = passes * work.prompts * work.group * row_operations(size, clips, prompt + work.tokens, work.tokens)
     return learned + rollout_operations(size, clips, work.prompts, prompt, work.group, work.tokens)
 
 

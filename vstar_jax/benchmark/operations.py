@@ -43,10 +43,10 @@ def _pairs(groups: np.ndarray) -> int:
     return int((np.bincount(groups).astype(np.int64) ** 2).sum())
 
 
-def row_operations(size: Size, clips: int, tokens: int) -> float:
-    """A forward pass over one row with the logits of every token, as in training."""
+def row_operations(size: Size, clips: int, tokens: int, learned: int) -> float:
+    """A forward pass over one row with the logits of the tokens that are learned, as in training."""
     architecture = size.architecture
-    text = text_operations(architecture.text, tokens, seen(tokens), tokens)
+    text = text_operations(architecture.text, tokens, seen(tokens), learned)
     return clips * clip_operations(architecture.vision, size.grid) + text
 
 

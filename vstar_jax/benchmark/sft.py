@@ -179,7 +179,8 @@ def measure_sft(size: Size, batch_size: int | None, repeats: int, rival: Rival |
         seconds = common.in_turns({c.name: c.step for c in contenders}, repeats)
         phases = common.in_turns({**parts, "whole step": ours.step}, repeats)
     tokens = rows * len(dialogues[0].tokens)
-    operations = TRAINING * rows * row_operations(size, len(size.dialogue) - 1, len(dialogues[0].tokens))
+    clips, learned = len(size.dialogue) - 1, size.dialogue[-1]
+    operations = TRAINING * rows * row_operations(size, clips, len(dialogues[0].tokens), learned)
     return {
         "what": "sft",
         **size.told(),

@@ -62,7 +62,17 @@ def _in_chunks(
         return jax.tree.map(lambda whole, part: whole.at[places].set(part, mode="drop"), out, found)
 
     shapes = jax.eval_shape(apply, head, hidden[:size], targets[:size])
-    return jax.lax.fori_loop(0, count, one, jax.tree.map(lambda x: jnp.zeros_like(hidden[:, 0], x.dtype), shapes))
+    start = jax.tree.map(lambda x: jnp.zeros_like(hidden[:, 0], x.dtype), shapes)
+    return _repeated(one, count, len(wanted) // size, start)
+
+
+def _repeated(one: Callable, count: jax.Array, most: int, start: Any) -> Any:
+    """`fori_loop` over `count` turns, of which the program itself says that there are at most so many."""
+
+    def more(carry: tuple[jax.Array, Any]) -> jax.Array:
+        return (carry[0] < most) & (carry[0] < count)
+
+    return jax.lax.while_loop(more, lambda carry: (carry[0] + 1, one(*carry)), (jnp.int32(0), start))[1]
 
 
 def _chunk(wanted: jax.Array, number: jax.Array, size: int) -> jax.Array:
@@ -85,7 +95,7 @@ def _backward(apply: Callable, size: int, given: Any, cotangents: Any) -> tuple[
         return by_head, by_hidden.at[places].set(of_hidden, mode="drop")
 
     start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), head), jnp.zeros_like(hidden)
-    by_head, by_hidden = jax.lax.fori_loop(0, count, one, start)
+    by_head, by_hidden = _repeated(one, count, len(wanted) // size, start)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), by_head, head), by_hidden, None, None, None
 
 
