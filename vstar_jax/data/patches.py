@@ -52,9 +52,9 @@ def patchify(frames: np.ndarray) -> tuple[np.ndarray, Grid]:
         )
     t, h, w = count // TEMPORAL_PATCH, height // PATCH, width // PATCH
     # The pixels of a patch's row travel as one item, for numpy moves items one by one.
-    rows = np.ascontiguousarray(frames.transpose(0, 3, 1, 2)).view(f"V{PATCH}")
-    blocks = rows.reshape(t, TEMPORAL_PATCH, channels, h // MERGE_SIDE, MERGE_SIDE, PATCH, w // MERGE_SIDE, MERGE_SIDE)
-    patches = np.ascontiguousarray(blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
+    rows = np.ascontiguousarray(frames.transpose(0, 1, 3, 2)).view(f"V{PATCH}")
+    blocks = rows.reshape(t, TEMPORAL_PATCH, h // MERGE_SIDE, MERGE_SIDE, PATCH, channels, w // MERGE_SIDE, MERGE_SIDE)
+    patches = np.ascontiguousarray(blocks.transpose(0, 2, 6, 3, 7, 5, 1, 4)).view(np.uint8)
     return patches.reshape(t * h * w, PATCH_VALUES), (t, h, w)
 
 
