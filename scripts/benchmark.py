@@ -102,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=_count, default=8, help="rollout, grpo: prompts")
     parser.add_argument("--group", type=_count, default=4, help="rollout, grpo: replies to each prompt")
     parser.add_argument("--tokens", type=_count, help="rollout, grpo: tokens of each reply (64; 256 for 3b and 7b)")
-    parser.add_argument("--clips", type=_count, help="tools: clips of 16 frames in a call (32); data: clips in a turn (64)")
+    parser.add_argument("--clips", type=_count, help="tools: clips of 16 frames in a call (32); data: clips in a turn (256)")
     parser.add_argument("--calls", type=_count, default=500, help="tools: cached calls whose latency is measured")
     parser.add_argument("--threads", type=_count, help="tools: callers at once (8); data: threads of ours (as the workers)")
     parser.add_argument("--workers", type=_count, help="data: processes that decode or load; as many as there are cores")
@@ -224,7 +224,7 @@ def _data(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
         rival = reference_torch.Torch
     workers = arguments.workers or len(os.sched_getaffinity(0))
-    work = data.Workload(arguments.clips or 64, arguments.batch_size or 4, workers, arguments.threads or workers)
+    work = data.Workload(arguments.clips or 256, arguments.batch_size or 4, workers, arguments.threads or workers)
     result = data.measure_data(arguments.repeats, work, arguments.soak, rival)
     return result, data.report(result)
 

@@ -87,7 +87,8 @@ def test_every_pad_leads_to_its_own_merged_patches(chat: Chat, clip: ProcessedCl
     is_pad = np.isin(example.tokens, (m.IMAGE_PAD, m.VIDEO_PAD))
     assert (example.visual_index[~is_pad] == -1).all()
     merged = example.patches.reshape(-1, 4, example.patches.shape[1])
-    reference = np.concatenate([clip.patches, image.patches, clip.patches]).reshape(merged.shape)
+    shown = (clip, image, clip)
+    reference = np.concatenate([c.patches.reshape(-1, *merged.shape[1:])[window_order(c.grid).inverse] for c in shown])
     np.testing.assert_array_equal(merged[example.visual_index[is_pad]], reference)
     np.testing.assert_array_equal(np.sort(example.visual_index[is_pad]), np.arange(len(merged)))
 

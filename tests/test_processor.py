@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from vstar_jax.config import VideoConfig
 from vstar_jax.data.bicubic import resize
+from vstar_jax.data.patches import window_order
 from vstar_jax.data.processor import ProcessedClip, process, process_image, smart_resize
 from vstar_jax.models.vision import normalise
 
@@ -30,7 +31,10 @@ def picture(height: int, width: int, frames: int = 1) -> np.ndarray:
 
 
 def rows(clip: ProcessedClip) -> np.ndarray:
-    return np.asarray(normalise(clip.patches))
+    """Normalised, in the reference's order."""
+    found = np.empty_like(clip.patches)
+    found[window_order(clip.grid).order] = clip.patches
+    return np.asarray(normalise(found))
 
 
 @pytest.mark.parametrize("size", SIZES)

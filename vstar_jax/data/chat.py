@@ -204,8 +204,8 @@ class Chat:
             ),
             loss_mask=loss_mask,
             visual_index=visual_index,
-            patches=_in_order([clip.patches for clip in clips], [layout.order for layout in layouts]),
-            patch_hw=np.concatenate([np.zeros((0, 2), np.int32), *(layout.patch_hw for layout in layouts)]),
+            patches=_joined([clip.patches for clip in clips], np.uint8, PATCH_VALUES),
+            patch_hw=_joined([layout.patch_hw for layout in layouts], np.int32, 2),
             window_id=_numbered([x.window_id for x in layouts]),
             frame_id=_numbered([x.frame_id for x in layouts]),
         )
@@ -230,13 +230,8 @@ def _end_ids(path: Path) -> Iterator[int]:
     return iter(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-def _in_order(clips: Sequence[np.ndarray], orders: Sequence[np.ndarray]) -> np.ndarray:
-    """The patches uint8 [P, 1176] of all clips, each in its own order; written once, since they are most of an example."""
-    patches, end = np.empty((sum(map(len, clips)), PATCH_VALUES), np.uint8), 0
-    for clip, order in zip(clips, orders, strict=True):
-        start, end = end, end + len(clip)
-        np.take(clip, order, axis=0, out=patches[start:end], mode="clip")  # other modes write to a copy first
-    return patches
+def _joined(arrays: Sequence[np.ndarray], dtype: type, width: int) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros((0, width), dtype), *arrays])
 
 
 def _numbered(groups: Sequence[np.ndarray]) -> np.ndarray:

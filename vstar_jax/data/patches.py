@@ -1,7 +1,7 @@
 """Frames as patch rows, and the order in which the vision tower takes them; numpy only.
 
-Rows come from `processor`, `chat` permutes them into window order, and the tower (`models.vision`) normalises and embeds
-them. Row layout and windows are those of Qwen2.5-VL: `Qwen2VLImageProcessor` and `get_window_index` in Hugging Face.
+`processor` cuts rows and puts them in window order, and the tower (`models.vision`) normalises and embeds them. Row layout
+and windows are those of Qwen2.5-VL: `Qwen2VLImageProcessor` and `get_window_index` in Hugging Face.
 """
 
 from dataclasses import dataclass

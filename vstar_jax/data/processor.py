@@ -13,7 +13,7 @@ from PIL import Image
 
 from vstar_jax.config import VideoConfig
 from vstar_jax.data.bicubic import resize
-from vstar_jax.data.patches import MERGE_SIDE, PATCH, TEMPORAL_PATCH, Grid, patchify
+from vstar_jax.data.patches import MERGE_SIDE, PATCH, TEMPORAL_PATCH, Grid, patchify, window_order
 
 FACTOR = PATCH * MERGE_SIDE
 MAX_ASPECT = 200
@@ -21,7 +21,7 @@ MAX_ASPECT = 200
 
 @dataclass(frozen=True)
 class ProcessedClip:
-    """A clip or image for the model: patches uint8 [P, 1176] in reference order (`patchify`) and their grid (t, h, w).
+    """A clip or image for the model: patches uint8 [P, 1176] in window order (`patches.window_order`), their grid (t, h, w).
 
     second_per_grid: seconds that one temporal patch counts in the positions; an image has none.
     """
@@ -56,7 +56,7 @@ def _multiple(units: float, rounding: Callable[[float], int], factor: int) -> in
 
 def process(frames: np.ndarray, fps: float, config: VideoConfig) -> ProcessedClip:
     """A clip for the model; frames uint8 [T, H, W, 3] at `fps` frames a second, T at least 1 (an odd T repeats the last)."""
-    patches, grid = patchify(resize(frames, *_size(frames, config)))
+    patches, grid = _patches(resize(frames, *_size(frames, config)))
     return ProcessedClip(patches, grid, config.second_per_grid or TEMPORAL_PATCH / fps)
 
 
@@ -66,8 +66,13 @@ def process_image(image: np.ndarray, config: VideoConfig) -> ProcessedClip:
     Resized by Pillow, to the bit as the reference's processor of pictures does it; a clip may differ from that by a grey level.
     """
     height, width = _size(image[None], config)
-    patches, grid = patchify(np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))[None])
-    return ProcessedClip(patches, grid, 0.0, is_video=False)
+    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return ProcessedClip(*_patches(resized[None]), 0.0, is_video=False)
+
+
+def _patches(frames: np.ndarray) -> tuple[np.ndarray, Grid]:
+    patches, grid = patchify(frames)
+    return patches[window_order(grid).order], grid
 
 
 def _size(frames: np.ndarray, config: VideoConfig) -> tuple[int, int]:
