@@ -89,7 +89,12 @@ def test_a_decoded_token_has_the_operations_that_xla_counts_and_a_step_of_grpo_i
     graphdef, state = nnx.split(abstract(size.architecture, size.policy))
     cache = KVCache.empty(text, rows, slots, jnp.dtype("float32"))
     ones = jnp.ones(rows, jnp.int32)
-    found = counted(lambda s, c: nnx.merge(graphdef, s).decode(ones, ones, ones > 0, c)[0], state, cache)
+
+    def decoded(state: Any, cache: KVCache) -> jax.Array:
+        model = nnx.merge(graphdef, state)
+        return model.decode(ones, model.angles(ones), ones > 0, cache)[0]
+
+    found = counted(decoded, state, cache)
     assert rows * operations.text_operations(text, 1, slots, 1) == pytest.approx(found, rel=TOLERANCE)
 
     work, prompt = Workload(prompts=3, group=2, tokens=5), 20

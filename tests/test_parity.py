@@ -164,7 +164,12 @@ def greedy(model, rows: list[d.Dialogue], new: int) -> np.ndarray:
 
     logits, cache = run(model, prefill, batch)
     graphdef, state = nnx.split(model)
-    step = jax.jit(lambda state, *rest: nnx.merge(graphdef, state).decode(*rest))
+
+    @jax.jit
+    def step(state, tokens, positions, *rest):
+        model = nnx.merge(graphdef, state)
+        return model.decode(tokens, model.angles(positions), *rest)
+
     positions = np.asarray([row.example.positions.max() for row in rows], np.int32)
     tokens = []
     for i in range(new):
@@ -239,7 +244,7 @@ def test_rows_that_are_not_active_leave_their_cache_alone(untied):
     tokens, positions = np.asarray([9, 9], np.int32), np.asarray([6, 6], np.int32)
 
     def decode(model, active, cache):
-        return model.decode(tokens, positions, active, cache)
+        return model.decode(tokens, model.angles(positions), active, cache)
 
     _, paused = run(ours, decode, np.asarray([True, False]), cache)
     np.testing.assert_array_equal(paused.lengths, [7, 6])

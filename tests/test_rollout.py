@@ -170,9 +170,13 @@ def test_a_decoded_token_gathers_no_weight_from_a_copy_that_is_whole(prompts, me
         state = jax.device_put(state, state_shardings(state, on))
         for name, weights in (("split", state), ("gathered", rollout_weights(state, "float32", on))):
             cache = KVCache.empty(model.text.cfg, PROMPTS, 32, model.text.dtype)
-            arguments = put_batch((np.zeros(PROMPTS, np.int32), np.zeros(PROMPTS, np.int32), np.ones(PROMPTS, bool)), on)
-            step = jax.jit(lambda weights, cache, *a: nnx.merge(graphdef, weights).decode(*a, cache))
-            text = step.lower(weights, cache, *arguments).compile().as_text()
+            tokens, active = put_batch((np.zeros(PROMPTS, np.int32), np.ones(PROMPTS, bool)), on)
+
+            def step(weights, cache, tokens, active):
+                model = nnx.merge(graphdef, weights)
+                return model.decode(tokens, model.angles(tokens), active, cache)
+
+            text = jax.jit(step).lower(weights, cache, tokens, active).compile().as_text()
             gathers[name] = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert len(gathers["split"]) > 5
     assert not gathers["gathered"]

@@ -13,7 +13,7 @@ from vstar_jax.batch import Array, Batch, Vision
 from vstar_jax.config import PolicyConfig
 from vstar_jax.errors import UserError
 from vstar_jax.models.config import Architecture
-from vstar_jax.models.text import KVCache, TextModel
+from vstar_jax.models.text import Angles, KVCache, TextModel
 from vstar_jax.models.vision import VisionTower
 from vstar_jax.sharding import constrain
 
@@ -57,18 +57,20 @@ class Qwen25VL(nnx.Module):
         """Appends a batch's tokens (a prompt, or the next turn's input) to the cache; hidden states [B, S, D] and the cache."""
         visual = None if batch.vision is None else self.encode(batch.vision)
         x = self.embed(batch.tokens, batch.visual_index, visual)
-        return self.text.extend(x, batch.positions, (batch.segments > 0).sum(axis=1), cache)
+        return self.text.extend(x, self.text.angles(batch.positions), (batch.segments > 0).sum(axis=1), cache)
+
+    def angles(self, positions: jax.Array) -> Angles:
+        """For `decode`, of the positions int32 [B] of one token a row."""
+        return self.text.angles(jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3)))
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, active: jax.Array, cache: KVCache, layers: Any = None
+        self, tokens: jax.Array, angles: Angles, active: jax.Array, cache: KVCache, layers: Any = None
     ) -> tuple[jax.Array, KVCache]:
-        """One token a row: tokens and positions int32 [B], active bool [B] (others leave the cache as it was).
+        """One token a row: tokens int32 [B], the `angles` of their positions, active bool [B] (others leave the cache alone).
 
         layers: see `TextModel.extend`. Returns logits float32 [B, V] for the next token and the cache.
         """
-        x = self.text.embed(tokens[:, None])
-        where = jnp.broadcast_to(positions[:, None, None], (*positions.shape, 1, 3))
-        hidden, cache = self.text.extend(x, where, active.astype(jnp.int32), cache, layers)
+        hidden, cache = self.text.extend(self.text.embed(tokens[:, None]), angles, active.astype(jnp.int32), cache, layers)
         return self.logits(hidden[:, 0]), cache
 
 

@@ -16,6 +16,9 @@ from vstar_jax.models.config import TextArchitecture
 from vstar_jax.models.layers import Linear, RMSNorm, SwiGLU, parameter, scan_layers
 from vstar_jax.sharding import constrain
 
+Angles = tuple[jax.Array, jax.Array]
+"""cos and sin float32 [B, S, d / 2] of the positions of tokens."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths", "prefix"], meta_fields=[])
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class TextModel(nnx.Module):
         x [B, S, D]; positions int32 [B, S, 3]; segments int32 [B, S] when rows are packed, else None: padding at the end of
         a row needs no mask under causal attention.
         """
-        cos, sin = self._angles(positions)
+        cos, sin = self.angles(positions)
 
         def body(layer: DecoderLayer, x):
             q, k, v = layer.project(x, cos, sin)
@@ -167,16 +170,15 @@ class TextModel(nnx.Module):
         return [taken(index) for index in range(self.cfg.layers)]
 
     def extend(
-        self, x: jax.Array, positions: Array, added: Array, cache: KVCache, layers: Sequence[DecoderLayer] | None = None
+        self, x: jax.Array, angles: Angles, added: Array, cache: KVCache, layers: Sequence[DecoderLayer] | None = None
     ) -> tuple[jax.Array, KVCache]:
         """Appends tokens to each row's cache at its own cursor: prefill, the next turn's input, or one decoded token.
 
-        x [B, S, D]; positions int32 [B, S, 3]; added int32 [B], how many of the S tokens the row really has (padding at the
-        end leaves nothing behind: the next call writes over it); layers: of `each_layer`, when the cache has an array for each.
+        x [B, S, D]; angles: of its positions; added int32 [B], how many of the S tokens the row really has (padding at the end
+        leaves nothing behind: the next call writes over it); layers: of `each_layer`, when the cache has an array for each.
         Returns hidden states [B, S, D] and the grown cache.
         """
-        # Else XLA on CPU computes sines again for every head of every layer.
-        cos, sin = jax.lax.optimization_barrier(self._angles(positions))
+        cos, sin = angles
         slots = cache.lengths[:, None] + jnp.arange(x.shape[1])
         prefix = cache.prefix
 
@@ -209,7 +211,8 @@ class TextModel(nnx.Module):
             x, keys, values = scan_layers(self.layers, body, carry, "none", jnp.arange(self.cfg.layers))
         return self.norm(x), KVCache(keys, values, cache.lengths + added, prefix)
 
-    def _angles(self, positions: Array) -> tuple[jax.Array, jax.Array]:
+    def angles(self, positions: Array) -> Angles:
+        """By which queries and keys at positions int32 [B, S, 3] are turned."""
         return rope.mrope(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.mrope_section)
 
 

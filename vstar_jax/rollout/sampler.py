@@ -47,7 +47,7 @@ def prefill(model: Qwen25VL, batch: Batch, cache: KVCache, visual: jax.Array | N
         hidden, cache = model.extend(batch, cache)
     else:
         embedded = model.embed(batch.tokens, batch.visual_index, visual)
-        hidden, cache = model.text.extend(embedded, batch.positions, added, cache)
+        hidden, cache = model.text.extend(embedded, model.text.angles(batch.positions), added, cache)
     return model.logits(jnp.take_along_axis(hidden, (added - 1)[:, None, None], axis=1)[:, 0]), cache
 
 
@@ -89,7 +89,7 @@ def decode(
     points = jax.vmap(lambda at: uniform(jax.vmap(jax.random.fold_in, (0, None))(keys, at)))(jnp.arange(limit))
 
     def step(carry):
-        at, done, logits, positions, cache, completion = carry
+        at, done, logits, positions, angles, cache, completion = carry
         token, log_prob = sample(logits, points[at], temperature, top_p)
         token, log_prob = jnp.where(done, 0, token), jnp.where(done, 0.0, log_prob)
         completion = Completion(
@@ -97,12 +97,15 @@ def decode(
             completion.lengths + ~done,
             completion.log_probs.at[row_ids, at].set(log_prob),
         )
-        logits, cache = model.decode(token, positions, ~done, cache, layers)
-        return at + 1, done | jnp.isin(token, stop_ids), logits, positions + ~done, cache, completion
+        logits, cache = model.decode(token, angles, ~done, cache, layers)
+        positions += ~done
+        done |= jnp.isin(token, stop_ids)
+        # Carried from token to token, they are computed once: XLA on CPU would do it again for every head of every layer.
+        return at + 1, done, logits, positions, model.angles(positions), cache, completion
 
     empty = Completion(jnp.zeros((rows, limit), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((rows, limit), jnp.float32))
     done = jnp.zeros(rows, bool) if active is None else ~active
-    carry = (jnp.int32(0), done, logits, positions, cache, empty)
+    carry = (jnp.int32(0), done, logits, positions, model.angles(positions), cache, empty)
     for slots in stages(cache.slots):
         last = slots == cache.slots
 

@@ -318,7 +318,7 @@ def _decode(graphdef: Any, stop_ids: jax.Array, steps: int, rows: Rows, params: 
         token = sample(rows.logits, jax.vmap(jax.random.fold_in)(keys, rows.at), rows.temperature, rows.top_p)
         active = ~rows.done
         token = jnp.where(active, token, 0)
-        logits, cache = model.decode(token, rows.positions, active, rows.cache, layers)
+        logits, cache = model.decode(token, model.angles(rows.positions), active, rows.cache, layers)
         at = rows.at + active
         done = rows.done | jnp.isin(token, stop_ids) & active | (at >= rows.limits)
         rows = replace(rows, cache=cache, logits=logits, positions=rows.positions + active, at=at, done=done)
