@@ -251,6 +251,11 @@ def test_tables_are_made_of_the_cells_that_have_run(tmp_path: Path, mesh: Callab
     table = tables.markdown(tmp_path)
     assert "| qwen2.5-vl-3b | SFT | v5e:2x4 (8x1): no" in table
     assert "| qwen2.5-vl-7b | GRPO | not run | not run | not run |" in table
+    changed = tables.Cell(*tables.COMPARED, "sft", ("--policy.remat=none",))
+    changed.path(tmp_path).write_text(json.dumps([found.as_json()]))
+    (row,) = [line for line in tables.settings(tmp_path).splitlines() if line.startswith("| sft |")]
+    assert row.startswith("| sft | `--policy.remat=none` |")
+    assert row.endswith(f"| {found.peak / chips.GIB:.1f}, does not fit |")
 
 
 @needs_libtpu

@@ -213,7 +213,7 @@ def page(found: Record) -> str:
     """A record as text."""
     about = found.identity
     lines = [
-        f"{about['program']} of {about['model']} on {about['topology']}, mesh {about['mesh']} (data x model), for each device:",
+        f"{about['program']} of {about['model']} on {about['topology']}, mesh {about['mesh']}, for each device:",
         *(f"  {name:<28}{_gib(size)}" for name, size in found.parts.items()),
         f"  {'KV cache':<28}{_gib(found.cache)}" if found.cache else "",
         f"  {'activations and temporaries':<28}{_gib(found.activations)}",

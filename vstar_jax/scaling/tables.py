@@ -36,6 +36,27 @@ WEAK = (("v5p:2x2x1", "4x1"), ("v5p:2x2x4", "16x1"), ("v5p:4x4x4", "4x16x1"), ("
 """Parameters are split over at most 16 chips, and repeated beyond."""
 ROWS = 2
 """Dialogues of each chip under weak scaling."""
+COMPARED = (MODELS[0], *WEAK[0])
+"""Model, slice and mesh on which settings are compared."""
+SETTINGS: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "sft": (
+        (),
+        ("--sft.accumulate=2",),
+        ("--policy.remat=dots",),
+        ("--policy.remat=none",),
+        ("--policy.param_dtype=bfloat16",),
+        ("--policy.moment_dtype=bfloat16",),
+        ("--policy.lora.rank=16",),
+    ),
+    "rollout": (
+        (),
+        ("--rollout.weights=split",),
+        ("--rollout.cache=float8_e4m3fn",),
+        ("--rollout.history=replace",),
+        ("--policy.lora.rank=16", "--grpo.reference=adapters_off"),
+    ),
+}
+"""What is compiled -> the changes to the paper's settings that are compared, none of them first."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,11 @@ def _needed(folder: Path, extra: tuple[str, ...]) -> Iterator[Cell]:
             cell = weak(model, topology, mesh, extra)
             if not cell.path(folder).exists():
                 yield cell
+    for what, changes in SETTINGS.items():
+        for change in changes:
+            cell = Cell(*COMPARED, what, (*change, *extra))
+            if not cell.path(folder).exists():
+                yield cell
 
 
 def _ladder(model: str, chip: str, phase: str, extra: tuple[str, ...]) -> list[list[Cell]]:
@@ -126,7 +152,7 @@ def _fits(cells: Sequence[Cell], folder: Path) -> bool:
 
 def markdown(folder: Path, extra: tuple[str, ...] = ()) -> str:
     """The tables of what has run."""
-    return f"{smallest(folder, extra)}\n{weak_scaling(folder, extra)}"
+    return f"{smallest(folder, extra)}\n{weak_scaling(folder, extra)}\n{settings(folder, extra)}"
 
 
 def smallest(folder: Path, extra: tuple[str, ...] = ()) -> str:
@@ -172,4 +198,19 @@ def weak_scaling(folder: Path, extra: tuple[str, ...] = ()) -> str:
                     *(f"{r.moved / 1e9:.0f}", *(f"{s:.1f}" for s in sent)),
                 ]
                 lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def settings(folder: Path, extra: tuple[str, ...] = ()) -> str:
+    """What each setting does to the memory of a device, in GiB."""
+    head = ("program", "setting", "parameters", "optimizer", "reference", "KV cache", "activations", "peak")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for what, changes in SETTINGS.items():
+        for change in changes:
+            for r in Cell(*COMPARED, what, (*change, *extra)).records(folder):
+                weights = r.parts.get("parameters", 0) + r.parts.get("weights", 0)
+                sizes = (weights, r.parts.get("optimizer", 0), r.parts.get("reference", 0), r.cache, r.activations)
+                changed = " ".join(f"`{flag}`" for flag in change) or "none"
+                peak = f"{r.peak / GIB:.1f}" if r.fits else f"{r.peak / GIB:.1f}, does not fit"
+                lines.append("| " + " | ".join((what, changed, *(f"{s / GIB:.1f}" for s in sizes), peak)) + " |")
     return "\n".join(lines) + "\n"
