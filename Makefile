@@ -22,7 +22,7 @@ tools: $(VENV)/.train
 	$(BIN)/python -m tools_server $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --durations=15
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
