@@ -8,7 +8,7 @@ import pytest
 from vstar_jax.config import Config, parse
 from vstar_jax.evaluation.published import TABLE_3, TABLE_4
 from vstar_jax.training import study
-from vstar_jax.training.study import FOLDER, ROWS, Row, measured, result_of, row_config, write_report
+from vstar_jax.training.study import FOLDER, ROWS, Row, collect, result_of, row_config, write_report
 
 FULL = ROWS[1]
 
@@ -75,7 +75,7 @@ def test_the_table_tells_means_spreads_and_differences_by_seed_and_whether_signs
         finished(tmp_path, "not_assessed", seed, 0.6, 0.4)
     report = tmp_path / "study.md"
     report.write_text("before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n")
-    write_report(ROWS, [0, 1, 2], tmp_path, report)
+    write_report(ROWS, collect([0, 1, 2], tmp_path, (), report), report)
     text = report.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -90,9 +90,52 @@ def test_the_table_tells_means_spreads_and_differences_by_seed_and_whether_signs
     assert "Precision 0.900, recall 0.450." in text
     assert "without RL" not in text
     assert report.with_suffix(".png").stat().st_size > 0
-    assert [m["row"] for m in json.loads((tmp_path / "study.json").read_text())] == [
-        m.row.name for m in measured(ROWS, [0, 1], tmp_path)
-    ]
+
+
+def test_a_study_goes_on_from_the_record_where_the_folders_of_its_runs_are_not(tmp_path):
+    report, runs = tmp_path / "study.md", tmp_path / "runs"
+    finished(runs, "full", 0, 0.8, 0.6)
+    finished(runs, "assessed", 0, 0.6, 0.5, {"answer": [9, 10], "none": [1, 80]})
+    finished(runs, "tools_off", 0, 0.1, 0.0)
+    here = collect([0], runs, (), report)
+    write_report(ROWS, here, report)
+    told = report.read_text()
+    elsewhere = tmp_path / "elsewhere"
+    assert collect([0], elsewhere, (), report) == here
+    write_report(ROWS, collect([0], elsewhere, (), report), report)
+    assert report.read_text() == told
+    # With the tools served elsewhere it is the same run; with other settings it is another.
+    assert collect([0], elsewhere, ("--tools.url=http://127.0.0.1:8765",), report) == here
+    assert collect([0], elsewhere, ("--grpo.steps=2",), report) == {}
+    # A folder is newer than the record; what the record has of other runs stays.
+    finished(elsewhere, "full", 0, 0.9, 0.7)
+    finished(elsewhere, "full", 1, 0.9, 0.7)
+    write_report([FULL], collect([0, 1], elsewhere, (), report), report)
+    runs = {(r["row"], r["seed"]): r["novel_top1"] for r in json.loads(report.with_suffix(".json").read_text())["runs"]}
+    assert runs == {("full", 0): 0.7, ("assessed", 0): 0.5, ("tools_off", 0): 0.0, ("full", 1): 0.7}
+
+
+@pytest.mark.parametrize(("recorded", "trained"), [((), ["train.py", "evaluate.py"]), (("tools_off",), [])])
+def test_a_counterfactual_row_has_its_policy_trained_again_where_the_record_alone_knows_it(
+    tmp_path, monkeypatch, recorded, trained
+):
+    report, runs = tmp_path / "study.md", tmp_path / "runs"
+    for name in ("full", *recorded):
+        finished(tmp_path / "gone", name, 0, 0.8, 0.6)
+    write_report(ROWS, collect([0], tmp_path / "gone", ("--sft.steps=0",), report), report)
+    called = []
+
+    def call(command, folder):
+        called.append(command[0])
+        name, seed = folder.relative_to(runs).parts
+        (folder / "given.yaml").unlink(missing_ok=True)
+        if folder.exists():
+            folder.rmdir()
+        finished(runs, name, int(seed.removeprefix("seed")), 0.8, 0.6)
+
+    monkeypatch.setattr(study, "_call", call)
+    study.run_study([FULL, row("tools_off")], [0], runs, ("--sft.steps=0",), report)
+    assert called == trained
 
 
 def test_a_run_without_a_result_is_missing_and_the_last_phase_counts(tmp_path):

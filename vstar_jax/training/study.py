@@ -1,7 +1,9 @@
 """The miniature study: the rows of the paper's ablations (Tables 3 and 4) on StickMotion, over several seeds.
 
 Every row is a file of configs/study on top of full.yaml. Rows that learn the same by SFT share it, one tools server serves all,
-and each run is a process of its own whose result stays: a study that was stopped goes on with what is missing.
+and each run is a process of its own whose result stays: a study that was stopped goes on with what is missing. What every run
+came to is recorded in a file beside the report, small enough to be kept with the sources: a study goes on from it where the
+folders of the runs are not, on another machine too.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +53,8 @@ NOT_SFT = (
     "tools.failures",
 )
 """Settings that SFT does not depend on."""
+NOT_RESULT = ("run_dir", "profile", "distributed.", "tools.url")
+"""Settings that no result depends on."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,16 @@ def row_config(row: Row, seed: int, runs: Path, flags: Sequence[str] = ()) -> Co
 def run_study(
     rows: Sequence[Row], seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path, workers: int = 1
 ) -> None:
-    """Runs what is missing and writes `report`, Markdown with a plot beside it, after every run.
+    """Runs what is missing and writes `report`, Markdown with a plot and a record of all results beside it, after every run.
 
-    runs: the folder of all runs. workers: runs at a time, each on its share of the processor's cores. Raises UserError when a
-    run fails, with the end of what it said.
+    runs: the folder of all runs. A run that the record has with the same settings is not missing. workers: runs at a time, each
+    on its share of the processor's cores. Raises UserError when a run fails, with the end of what it said.
     """
     cores = sorted(os.sched_getaffinity(0))
     if not 0 < workers <= len(cores):
         raise UserError(f"there cannot be {workers} workers on {len(cores)} cores: choose 1 to {len(cores)}.")
-    missing = {seed: [row for row in rows if result_of(row, seed, runs) is None] for seed in seeds}
+    done = collect(seeds, runs, flags, report)
+    missing = {seed: [row for row in rows if (row.name, seed) not in done] for seed in seeds}
     if any(missing.values()):
         shares = [set(cores[n::workers]) for n in range(workers)]
         # A run inherits the cores of the thread that starts it.
@@ -122,10 +127,10 @@ def run_study(
                 futures = [pool.submit(job) for seed, wanted in missing.items() for job in study.jobs(wanted, seed)]
                 for future in tqdm(as_completed(futures), desc="study", unit="run", total=len(futures)):
                     future.result()
-                    write_report(rows, seeds, runs, report)
+                    write_report(rows, collect(seeds, runs, flags, report), report)
             finally:
                 pool.shutdown(cancel_futures=True)
-    write_report(rows, seeds, runs, report)
+    write_report(rows, collect(seeds, runs, flags, report), report)
 
 
 class _Runs:
@@ -156,7 +161,7 @@ class _Runs:
         config = self._config(row, seed)
         run_dir = Path(config.run_dir)
         with self.busy[run_dir]:
-            if result_of(row, seed, self.runs) is not None:
+            if (run_dir / "result.json").exists():
                 return
             if row.counterfactual:
                 self._run(ROWS[1], seed)
@@ -189,9 +194,14 @@ def tool_flags(config: Config) -> list[str]:
 
 def _learned(config: Config, runs: Path) -> Path:
     """Where the SFT that a configuration asks for is kept."""
-    told = {s.key: s.value for s in settings.settings(config) if not s.key.startswith(NOT_SFT)}
-    told["tools.offered"] = decision(True, config.tools.offered).chosen()  # the dialogues ask for no other tool
-    return runs / "sft" / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    # The dialogues ask for no other tool.
+    offered = decision(True, config.tools.offered).chosen()
+    return runs / "sft" / _digest(replace(config, tools=replace(config.tools, offered=offered)), NOT_SFT)
+
+
+def _digest(config: Config, without: tuple[str, ...]) -> str:
+    told = {s.key: s.value for s in settings.settings(config) if not s.key.startswith(without)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _train(config: Config) -> None:
@@ -214,13 +224,35 @@ def _call(command: Sequence[str], folder: Path) -> None:
         raise UserError(f"{script} failed ({said[-1]}): see {folder / 'log.txt'}, then run the study again, it goes on there.")
 
 
+Results = dict[tuple[str, int], dict[str, Any]]
+"""By row and seed: base_top1, novel_top1; assessment, what was dropped of how many dialogues by fault, where a run has it;
+settings, a digest of the run's configuration."""
+
+
+def collect(seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path) -> Results:
+    """What the rows of the study came to, as the folders of their runs tell it, else the record beside `report`."""
+    record = report.with_suffix(".json")
+    recorded = json.loads(record.read_text())["runs"] if record.exists() else []
+    found = {(r["row"], r["seed"]): {key: r[key] for key in r if key not in ("row", "seed")} for r in recorded}
+    results: Results = {}
+    for row, seed in ((row, seed) for seed in seeds for row in ROWS):
+        told = _digest(row_config(row, seed, runs, flags), NOT_RESULT)
+        if (result := result_of(row, seed, runs)) is not None:
+            results[row.name, seed] = result | {"settings": told}
+        elif found.get((row.name, seed), {}).get("settings") == told:
+            results[row.name, seed] = found[row.name, seed]
+    return results
+
+
 def result_of(row: Row, seed: int, runs: Path) -> dict[str, Any] | None:
-    """The summary of a row's last phase, None when it is not there yet."""
+    """What a run's folder tells of its last phase, None when it is not there yet."""
     path = runs / row.name / f"seed{seed}" / "result.json"
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    return result if row.counterfactual else next(result[phase] for phase in PHASES if phase in result)
+    last = result if row.counterfactual else next(result[phase] for phase in PHASES if phase in result)
+    told = {key: last[key] for key in ("base_top1", "novel_top1")}
+    return told | ({"assessment": result["assessment"]} if "assessment" in result else {})
 
 
 @dataclass(frozen=True)
@@ -237,19 +269,17 @@ class Measured:
     paper: float | None
 
 
-def measured(rows: Sequence[Row], seeds: Sequence[int], runs: Path) -> list[Measured]:
+def measured(rows: Sequence[Row], results: Results) -> list[Measured]:
     """The rows that have a result for some seed."""
     found: list[Measured] = []
-    named = {row.name: row for row in ROWS}
     for row in rows:
-        results = {seed: r for seed in seeds if (r := result_of(row, seed, runs)) is not None}
-        if not results:
+        of = {seed: result for (name, seed), result in results.items() if name == row.name}
+        if not of:
             continue
-        whole = {seed: result_of(named[row.to], seed, runs) for seed in results}
-        pairs = [(r["novel_top1"], w["novel_top1"]) for seed, r in results.items() if (w := whole[seed]) is not None]
-        base, novel = (spread([100 * r[f"{group}_top1"] for r in results.values()]) for group in ("base", "novel"))
+        pairs = [(r["novel_top1"], results[row.to, seed]["novel_top1"]) for seed, r in of.items() if (row.to, seed) in results]
+        base, novel = (spread([100 * r[f"{group}_top1"] for r in of.values()]) for group in ("base", "novel"))
         difference = spread([100 * (a - b) for a, b in pairs]) if pairs and row.name != FULL else None
-        found.append(Measured(row, len(results), base, novel, difference, _published(row)))
+        found.append(Measured(row, len(of), base, novel, difference, _published(row)))
     return found
 
 
@@ -258,34 +288,29 @@ def _published(row: Row) -> float | None:
     return rows[row.paper] - rows[ROWS[1].paper] if row.paper and row.name != FULL else None
 
 
-def write_report(rows: Sequence[Row], seeds: Sequence[int], runs: Path, report: Path) -> None:
-    """Writes the table as Markdown between the marks of `report`, as JSON beside the runs, and draws the plot."""
-    found = measured(rows, seeds, runs)
+def write_report(rows: Sequence[Row], results: Results, report: Path) -> None:
+    """Writes the table as Markdown between the marks of `report`, draws the plot and brings the record up to date."""
+    found = measured(rows, results)
     if not found:
         return
-    write_json(runs / "study.json", [_as_json(m) for m in found])
+    _record(results, report.with_suffix(".json"))
     marks = "<!-- study -->", "<!-- end of study -->"
     text = report.read_text() if report.exists() else f"# The study\n\n{marks[0]}\n{marks[1]}\n"
     before, _, rest = text.partition(marks[0])
     after = rest.partition(marks[1])[2]
     picture = report.with_suffix(".png")
-    table = "\n".join((*_lines(found), "", f"![Base and novel accuracy of every row]({picture.name})", *_audited(seeds, runs)))
+    table = "\n".join((*_lines(found), "", f"![Base and novel accuracy of every row]({picture.name})", *_audited(results)))
     report.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}")
     _draw(found, picture)
 
 
-def _as_json(m: Measured) -> Mapping[str, Any]:
-    def told(s: Spread | None) -> Mapping[str, float | None] | None:
-        return None if s is None else {"mean": s.mean, "std": s.std}
-
-    return {
-        "row": m.row.name,
-        "seeds": m.seeds,
-        "base_top1": told(m.base),
-        "novel_top1": told(m.novel),
-        "difference": told(m.difference),
-        "paper_difference": m.paper,
-    }
+def _record(results: Results, path: Path) -> None:
+    """Adds results to the record; what it has of other rows and seeds stays."""
+    recorded = json.loads(path.read_text())["runs"] if path.exists() else []
+    others = [r for r in recorded if (r["row"], r["seed"]) not in results]
+    order = {row.name: n for n, row in enumerate(ROWS)}
+    merged = [*others, *({"row": name, "seed": seed, **result} for (name, seed), result in results.items())]
+    write_json(path, {"runs": sorted(merged, key=lambda r: (r["seed"], order.get(r["row"], len(order))))})
 
 
 def _lines(found: Sequence[Measured]) -> Iterator[str]:
@@ -299,12 +324,12 @@ def _lines(found: Sequence[Measured]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
-def _audited(seeds: Sequence[int], runs: Path) -> Iterator[str]:
+def _audited(results: Results) -> Iterator[str]:
     """What the assessment made of the faults in the dialogues of its row, over the seeds."""
     dropped: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for path in (runs / ASSESSED / f"seed{seed}" / "result.json" for seed in seeds):
-        for fault, (some, every) in json.loads(path.read_text())["assessment"].items() if path.exists() else ():
+    for (name, _), result in results.items():
+        for fault, (some, every) in result.get("assessment", {}).items() if name == ASSESSED else ():
             dropped[fault] += some
             total[fault] += every
     if not total:
@@ -350,5 +375,5 @@ def _draw(found: Sequence[Measured], path: Path) -> None:
     panel.set_xlim(-2, 102)
     panel.set_xlabel("top-1 on held-out clips, %; mean and standard deviation over seeds")
     panel.grid(axis="x", alpha=0.3)
-    panel.legend(loc="upper left")
+    figure.legend(loc="outside upper center", ncols=3)  # in the panel it would hide rows
     figure.savefig(path, dpi=120)
