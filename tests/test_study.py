@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vstar_jax.config import Config, parse
+from vstar_jax.errors import UserError
 from vstar_jax.evaluation.published import TABLE_3, TABLE_4
 from vstar_jax.training import study
 from vstar_jax.training.study import FOLDER, ROWS, Row, collect, result_of, row_config, write_report
@@ -52,7 +53,9 @@ def test_the_evaluation_of_a_counterfactual_row_is_told_its_tools(r):
     assert told.tools == config.tools != Config().tools
 
 
-def finished(runs: Path, name: str, seed: int, base: float, novel: float, assessment: dict | None = None) -> None:
+def finished(
+    runs: Path, name: str, seed: int, base: float, novel: float, assessment: dict | None = None, flags: tuple[str, ...] = ()
+) -> None:
     """Leaves a result as a run does."""
     summary = {"base_top1": base, "novel_top1": novel}
     content = (
@@ -61,7 +64,7 @@ def finished(runs: Path, name: str, seed: int, base: float, novel: float, assess
     if assessment:
         content["assessment"] = assessment
     folder = runs / name / f"seed{seed}"
-    folder.mkdir(parents=True)
+    study._given(row_config(row(name), seed, runs, flags))
     (folder / "result.json").write_text(json.dumps(content))
 
 
@@ -121,21 +124,26 @@ def test_a_counterfactual_row_has_its_policy_trained_again_where_the_record_alon
 ):
     report, runs = tmp_path / "study.md", tmp_path / "runs"
     for name in ("full", *recorded):
-        finished(tmp_path / "gone", name, 0, 0.8, 0.6)
+        finished(tmp_path / "gone", name, 0, 0.8, 0.6, flags=("--sft.steps=0",))
     write_report(ROWS, collect([0], tmp_path / "gone", ("--sft.steps=0",), report), report)
     called = []
 
     def call(command, folder):
         called.append(command[0])
         name, seed = folder.relative_to(runs).parts
-        (folder / "given.yaml").unlink(missing_ok=True)
-        if folder.exists():
-            folder.rmdir()
-        finished(runs, name, int(seed.removeprefix("seed")), 0.8, 0.6)
+        finished(runs, name, int(seed.removeprefix("seed")), 0.8, 0.6, flags=("--sft.steps=0",))
 
     monkeypatch.setattr(study, "_call", call)
     study.run_study([FULL, row("tools_off")], [0], runs, ("--sft.steps=0",), report)
     assert called == trained
+
+
+def test_a_run_made_with_other_settings_is_refused_and_nothing_is_written(tmp_path):
+    report = tmp_path / "study.md"
+    finished(tmp_path, "full", 0, 0.8, 0.6)
+    with pytest.raises(UserError, match="made with other settings: choose another folder with --runs"):
+        study.run_study([FULL], [0], tmp_path, ("--grpo.steps=2",), report)
+    assert not report.exists()
 
 
 def test_a_run_without_a_result_is_missing_and_the_last_phase_counts(tmp_path):

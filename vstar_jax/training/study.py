@@ -166,6 +166,7 @@ class _Runs:
             if row.counterfactual:
                 self._run(ROWS[1], seed)
                 checkpoint = self.runs / FULL / f"seed{seed}" / "grpo"
+                _given(config)
                 _call(["evaluate.py", f"--checkpoint={checkpoint}", f"--out={run_dir}", *tool_flags(config)], run_dir)
                 return
             if config.sft.steps and not (run_dir / "config.yaml").exists():
@@ -205,11 +206,16 @@ def _digest(config: Config, without: tuple[str, ...]) -> str:
 
 
 def _train(config: Config) -> None:
+    _call(["train.py", f"--config={_given(config)}"], Path(config.run_dir))
+
+
+def _given(config: Config) -> Path:
+    """Leaves the configuration of a run in its folder."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     given = run_dir / "given.yaml"
     config_module.save(config, given)
-    _call(["train.py", f"--config={given}"], run_dir)
+    return given
 
 
 def _call(command: Sequence[str], folder: Path) -> None:
@@ -230,7 +236,10 @@ settings, a digest of the run's configuration."""
 
 
 def collect(seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path) -> Results:
-    """What the rows of the study came to, as the folders of their runs tell it, else the record beside `report`."""
+    """What the rows of the study came to, as the folders of their runs tell it, else the record beside `report`.
+
+    Raises UserError when a run in its folder was made with other settings: its result is not this study's.
+    """
     record = report.with_suffix(".json")
     recorded = json.loads(record.read_text())["runs"] if record.exists() else []
     found = {(r["row"], r["seed"]): {key: r[key] for key in r if key not in ("row", "seed")} for r in recorded}
@@ -238,6 +247,11 @@ def collect(seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path
     for row, seed in ((row, seed) for seed in seeds for row in ROWS):
         told = _digest(row_config(row, seed, runs, flags), NOT_RESULT)
         if (result := result_of(row, seed, runs)) is not None:
+            folder = runs / row.name / f"seed{seed}"
+            if _digest(config_module.parse([f"--config={folder / 'given.yaml'}"]), NOT_RESULT) != told:
+                raise UserError(
+                    f"{folder} was made with other settings: choose another folder with --runs, or remove this one."
+                )
             results[row.name, seed] = result | {"settings": told}
         elif found.get((row.name, seed), {}).get("settings") == told:
             results[row.name, seed] = found[row.name, seed]
