@@ -96,7 +96,7 @@ def test_the_table_tells_means_spreads_and_differences_by_seed_and_whether_signs
 
 
 def test_a_study_goes_on_from_the_record_where_the_folders_of_its_runs_are_not(tmp_path):
-    report, runs = tmp_path / "study.md", tmp_path / "runs"
+    report, runs = tmp_path / "docs" / "study.md", tmp_path / "runs"
     finished(runs, "full", 0, 0.8, 0.6)
     finished(runs, "assessed", 0, 0.6, 0.5, {"answer": [9, 10], "none": [1, 80]})
     finished(runs, "tools_off", 0, 0.1, 0.0)

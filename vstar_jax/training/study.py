@@ -307,6 +307,7 @@ def write_report(rows: Sequence[Row], results: Results, report: Path) -> None:
     found = measured(rows, results)
     if not found:
         return
+    report.parent.mkdir(parents=True, exist_ok=True)
     _record(results, report.with_suffix(".json"))
     marks = "<!-- study -->", "<!-- end of study -->"
     text = report.read_text() if report.exists() else f"# The study\n\n{marks[0]}\n{marks[1]}\n"
