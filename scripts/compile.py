@@ -1,13 +1,12 @@
 """Compiles the programs of a run for a TPU slice that is not there, and says whether they fit and what they cost.
 
   python scripts/compile.py --model=qwen2.5-vl-7b --topology=v5p:2x2x1 --mesh=4x1 --what=sft
-  python scripts/compile.py --table --cells=runs/scaling
+  python scripts/compile.py --table
 
 The settings of scripts/train.py go on top of the paper's, such as --policy.lora.rank=16 or --sft.accumulate=2.
 """
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import replace
@@ -21,17 +20,18 @@ def main() -> None:
     arguments, flags = _arguments()
 
     from vstar_jax.config import parse
+    from vstar_jax.pages import write_json
     from vstar_jax.scaling import chips, compiler, programs, tables
 
     if arguments.table:
-        print(tables.run(Path(arguments.cells), Path(__file__), flags))
+        tables.run(arguments.report, Path(__file__), flags)
+        print(f"the tables are in {arguments.report}")
         return
     whole = f"{chips.size(arguments.topology)}x1"
     config = parse(flags, replace(programs.paper(arguments.model), mesh=whole), f"{__doc__}\n{OPTIONS}")
     records = compiler.compile_all(config, arguments.model, arguments.topology, arguments.what, flags)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([r.as_json() for r in records], indent=2) + "\n")
+        write_json(arguments.json, [r.as_json() for r in records])
     if not all(r.fits for r in records):
         raise UserError(
             f"{arguments.model} does not fit on {arguments.topology} with mesh {config.mesh}: see above for what would help."
@@ -43,8 +43,8 @@ OPTIONS = """Options:
   --topology=v5e:2x2           v5e:AxB, v6e:AxB or v5p:AxBxC
   --what=sft                   sft, rollout or grpo (the reference's log-probabilities and the update)
   --json=FILE                  writes what is printed as JSON, too
-  --table                      compiles every cell of docs/scaling.md in a process of its own and prints its tables
-  --cells=runs/scaling         folder of the cells' JSON; those that are there are not compiled again
+  --table                      compiles every cell of the tables of docs/scaling.md in a process of its own
+  --report=docs/scaling.md     page with the tables; cells that the JSON beside it records are not compiled again
 """
 
 
@@ -55,7 +55,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--what", default="sft")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--cells", default="runs/scaling")
+    parser.add_argument("--report", type=Path, default=Path("docs/scaling.md"))
     return parser.parse_known_args(sys.argv[1:])
 
 

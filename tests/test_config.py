@@ -11,6 +11,7 @@ import pytest
 from vstar_jax import settings
 from vstar_jax.config import Config, SftConfig, check, load, parse, resolve, save, start_run
 from vstar_jax.errors import UserError
+from vstar_jax.pages import write_part
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens" / "configs"
@@ -196,15 +197,11 @@ def test_every_golden_belongs_to_a_configuration():
 
 
 def test_the_readme_lists_every_setting_as_the_code_has_it():
-    readme = ROOT / "README.md"
-    start, end = "<!-- settings -->\n", "\n<!-- end of settings -->"
-    head, _, rest = readme.read_text().partition(start)
-    table, _, tail = rest.partition(end)
-    expected = settings.table(Config())
+    readme, expected = ROOT / "README.md", settings.table(Config())
     if os.environ.get("UPDATE_GOLDENS") == "1":
-        readme.write_text(head + start + expected + end + tail)
-        table = expected
-    assert table == expected, "the settings changed: run UPDATE_GOLDENS=1 python -m pytest tests/test_config.py"
+        write_part(readme, "settings", expected)
+    told = f"<!-- settings -->\n{expected}\n<!-- end of settings -->"
+    assert told in readme.read_text(), "the settings changed: run UPDATE_GOLDENS=1 python -m pytest tests/test_config.py"
 
 
 def test_every_setting_has_a_help_line_and_the_defaults_make_sense():

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,21 +242,55 @@ def test_long_turns_attend_in_blocks_as_they_would_at_once(monkeypatch: pytest.M
         np.testing.assert_allclose(one, other, atol=TOLERANCE)
 
 
-def test_tables_are_made_of_the_cells_that_have_run(tmp_path: Path, mesh: Callable[[str], Mesh]):
+@pytest.fixture
+def refused(mesh: Callable[[str], Mesh]) -> report.Record:
+    """The record of a program that does not fit."""
     config = small()
     (program,) = programs.programs(config, programs.architecture_of("tiny"), mesh("1x1"), "sft")
-    found = compiler.compiled(program, identity_of(config, "8x1"), mesh("1x1"), chips.Chip("v5e", 16, 1000))
+    return compiler.compiled(program, identity_of(config, "8x1"), mesh("1x1"), chips.Chip("v5e", 16, 1000))
+
+
+def test_tables_are_made_of_the_cells_that_have_run(refused: report.Record):
     cell = tables.Cell("qwen2.5-vl-3b", "v5e:2x4", "8x1", "sft", ("--sft.accumulate=1",))
-    cell.path(tmp_path).write_text(json.dumps([found.as_json()]))
-    assert not cell.records(tmp_path)[0].fits
-    table = tables.markdown(tmp_path)
+    table = tables.smallest({cell.name: [refused]})
     assert "| qwen2.5-vl-3b | SFT | v5e:2x4 (8x1): no" in table
     assert "| qwen2.5-vl-7b | GRPO | not run | not run | not run |" in table
     changed = tables.Cell(*tables.COMPARED, "sft", ("--policy.remat=none",))
-    changed.path(tmp_path).write_text(json.dumps([found.as_json()]))
-    (row,) = [line for line in tables.settings(tmp_path).splitlines() if line.startswith("| sft |")]
+    (row,) = [line for line in tables.settings({changed.name: [refused]}).splitlines() if line.startswith("| sft |")]
     assert row.startswith("| sft | `--policy.remat=none` |")
-    assert row.endswith(f"| {found.peak / chips.GIB:.1f}, does not fit |")
+    assert row.endswith(f"| {refused.peak / chips.GIB:.1f}, does not fit |")
+
+
+def test_a_ladder_ends_where_it_fits_and_tables_go_on_from_their_record(
+    refused: report.Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fitting = replace(refused, refused="", limit=refused.peak)
+    compiled: list[tables.Cell] = []
+
+    def compile_cell(cell: tables.Cell, _: Path) -> list[report.Record]:
+        compiled.append(cell)
+        if len(compiled) == 9:
+            raise UserError("the power is out")
+        return [refused if cell.topology == "v5e:1x1" or (cell.what == "grpo" and cell.mesh == "4x1") else fitting]
+
+    monkeypatch.setattr(tables, "_compiled", compile_cell)
+    page = tmp_path / "scaling.md"
+    page.write_text("before\n<!-- seconds -->\nold\n<!-- end of seconds -->\nafter\n")
+    with pytest.raises(UserError, match="power"):
+        tables.run(page, Path("compile.py"), [])
+    assert page.read_text().startswith("before\n<!-- seconds -->\n| program |")
+    tables.run(page, Path("compile.py"), [])
+    names = [cell.name for cell in compiled]
+    assert [name for name in names if names.count(name) > 1] == [names[8]] * 2  # the one that was interrupted
+    ladder = [(c.mesh, c.what) for c in compiled if c.model == "qwen2.5-vl-3b" and c.topology.startswith("v5e")]
+    steps = [("1x1", "sft"), ("4x1", "sft"), ("1x1", "rollout"), ("4x1", "rollout"), ("4x1", "grpo")]
+    assert ladder == [*steps, ("8x1", "rollout"), ("8x1", "grpo")]
+    told = page.read_text()
+    compiled.clear()
+    tables.run(page, Path("compile.py"), [])
+    assert not compiled
+    assert page.read_text() == told
+    assert "not run" not in told
 
 
 @needs_libtpu

@@ -21,11 +21,12 @@ from vstar_jax.distributed import first, first_alone, told
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.journal import Journal
 from vstar_jax.evaluation.protocol import evaluate
-from vstar_jax.evaluation.report import groups_of, print_table, summarise, title, write_json
+from vstar_jax.evaluation.report import groups_of, print_table, summarise, title
 from vstar_jax.evaluation.tables import TITLES, own_row, table_of
 from vstar_jax.models import hf, lora
 from vstar_jax.models.config import Architecture
 from vstar_jax.models.qwen2_5_vl import abstract, check_mesh
+from vstar_jax.pages import write_json
 from vstar_jax.sharding import state_shardings
 from vstar_jax.tools.launch import open_tools
 from vstar_jax.training.checkpoint import Checkpointer

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vstar_jax.errors import UserError
-from vstar_jax.evaluation.report import Prediction, write_json
+from vstar_jax.evaluation.report import Prediction
+from vstar_jax.pages import write_json
 
 
 class Journal:

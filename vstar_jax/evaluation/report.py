@@ -110,14 +110,6 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes JSON in one piece: a reader never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
     """One JSON line a clip, with both turns and the verdict."""
     path = Path(path)

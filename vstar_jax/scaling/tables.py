@@ -1,16 +1,21 @@
-"""The tables of docs/scaling.md: every cell is a run of scripts/compile.py in a process of its own, kept as JSON.
+"""The tables of docs/scaling.md: every cell is a run of scripts/compile.py in a process of its own.
 
-A cell that is in the folder is not compiled again, so that an interrupted table goes on where it was.
+What a cell came to is recorded beside the page, small enough to be kept with the sources. A cell that is recorded is not
+compiled again, so that interrupted tables go on where they were, on another machine too.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
 
 from vstar_jax.errors import UserError
+from vstar_jax.pages import write_json, write_part
 from vstar_jax.scaling.chips import GIB, size
 from vstar_jax.scaling.report import Record
 from vstar_jax.sharding import mesh_shape
@@ -33,9 +38,9 @@ PHASES = {"SFT": ("sft",), "GRPO": ("rollout", "grpo")}
 ROWS_A_STEP = {"sft": 8, "grpo": 32}
 """Of the paper's settings: dialogues, and episodes of eight groups of four."""
 WEAK = (("v5p:2x2x1", "4x1"), ("v5p:2x2x4", "16x1"), ("v5p:4x4x4", "4x16x1"), ("v5p:4x8x8", "16x16x1"))
-"""Parameters are split over at most 16 chips, and repeated beyond."""
-ROWS = 2
-"""Dialogues of each chip under weak scaling."""
+"""Slices and meshes of weak scaling: parameters are split over at most 16 chips, and repeated beyond."""
+WEAK_ROWS = 2
+"""Dialogues of each chip under weak scaling, or prompts, of four episodes each."""
 COMPARED = (MODELS[0], *WEAK[0])
 """Model, slice and mesh on which settings are compared."""
 SETTINGS: Mapping[str, Sequence[tuple[str, ...]]] = {
@@ -69,67 +74,94 @@ class Cell:
     what: str
     flags: tuple[str, ...] = ()
 
-    def path(self, folder: Path) -> Path:
-        named = "".join(flag.replace("--", "_").replace("=", "-") for flag in self.flags)
-        return folder / f"{self.model}_{self.topology.replace(':', '-')}_{self.mesh}_{self.what}{named}.json"
-
-    def records(self, folder: Path) -> list[Record]:
-        """What the cell's run found; empty before it has run."""
-        path = self.path(folder)
-        return [Record.from_json(raw) for raw in json.loads(path.read_text())] if path.exists() else []
+    @property
+    def name(self) -> str:
+        return " ".join((self.model, self.topology, self.mesh, self.what, *self.flags))
 
 
-def weak(model: str, topology: str, mesh: str, extra: tuple[str, ...]) -> Cell:
-    """A step of SFT with `ROWS` dialogues a chip."""
-    rows = size(topology) * ROWS
-    return Cell(model, topology, mesh, "sft", (*(() if rows == 8 else (f"--sft.batch_size={rows}",)), *extra))
+Found = dict[str, list[Record]]
+"""Name of a cell -> what its programs are; of a cell that has not run there is nothing."""
 
 
-def run(folder: Path, script: Path, flags: Sequence[str]) -> str:
-    """Runs every cell that is not there yet, and returns the tables as Markdown.
+def weak(model: str, topology: str, mesh: str, what: str, extra: tuple[str, ...] = ()) -> Cell:
+    """A program with `WEAK_ROWS` dialogues or prompts a chip."""
+    rows = size(topology) * WEAK_ROWS
+    flags = (f"--sft.batch_size={rows}",) if what == "sft" else (f"--grpo.prompts={rows}",)
+    return Cell(model, topology, mesh, what, (*(() if rows == 8 else flags), *extra))
+
+
+def run(report: Path, script: Path, flags: Sequence[str]) -> None:
+    """Runs every cell that is not recorded yet, and writes the tables into `report` after each.
 
     flags: settings on top of the paper's, for all cells. UserError when a cell ends in anything but a page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    extra = tuple(flags)
-    for cell in _needed(folder, extra):
+    record, extra = report.with_suffix(".json"), tuple(flags)
+    found = read(record)
+    write(report, found, extra)
+    for cell in tqdm(_needed(found, extra), desc="tables", unit="cell"):
+        tqdm.write(cell.name)
+        found[cell.name] = _compiled(cell, script)
+        _record(record, found)
+        write(report, found, extra)
+
+
+def _compiled(cell: Cell, script: Path) -> list[Record]:
+    with TemporaryDirectory() as folder:
+        result = Path(folder) / "cell.json"
         command = [
-            *(sys.executable, str(script)),
-            *(f"--model={cell.model}", f"--topology={cell.topology}", f"--mesh={cell.mesh}", f"--what={cell.what}"),
-            *(f"--json={cell.path(folder)}", *cell.flags),
+            *(sys.executable, str(script), f"--model={cell.model}", f"--topology={cell.topology}", f"--mesh={cell.mesh}"),
+            *(f"--what={cell.what}", f"--json={result}", *cell.flags),
         ]
-        print(" ".join(command[1:]), flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
-        if not cell.path(folder).exists():
-            raise UserError(
-                f"a cell of the table ended without a result ({done.stderr.strip()[-300:]}): run {' '.join(command[1:])} alone."
-            )
-    return markdown(folder, extra)
+        if not result.exists():
+            alone = " ".join(command[1:6] + list(cell.flags))
+            said = done.stderr.strip()[-300:]
+            raise UserError(f"a cell of the tables ended without a result ({said}): run python {alone} alone.")
+        return [Record.from_json(raw) for raw in json.loads(result.read_text())]
 
 
-def _needed(folder: Path, extra: tuple[str, ...]) -> Iterator[Cell]:
+def read(record: Path) -> Found:
+    """What is recorded in a file, nothing when it is not there."""
+    cells = json.loads(record.read_text())["cells"] if record.exists() else {}
+    return {name: [Record.from_json(raw) for raw in records] for name, records in cells.items()}
+
+
+def _record(path: Path, found: Found) -> None:
+    """Writes the record; the settings of each program follow from the name of its cell."""
+
+    def kept(record: Record) -> dict[str, object]:
+        identity = {key: value for key, value in record.identity.items() if key != "settings"}
+        return {**record.as_json(), "identity": identity}
+
+    write_json(path, {"cells": {name: [kept(r) for r in records] for name, records in sorted(found.items())}})
+
+
+def _needed(found: Found, extra: tuple[str, ...]) -> Iterator[Cell]:
     """The cells to run, in order: each ladder up to the first slice that holds every program of a phase."""
+    for cell in _wanted(found, extra):
+        if cell.name not in found:
+            yield cell
+
+
+def _wanted(found: Found, extra: tuple[str, ...]) -> Iterator[Cell]:
+    """All cells of the tables; what a ladder needs depends on what was found before it is asked for the next."""
     for chip in LADDER:
         for model in MODELS:
             for phase in PHASES:
                 for cells in _ladder(model, chip, phase, extra):
                     for cell in cells:
-                        if not cell.path(folder).exists():
-                            yield cell
-                        if not _fits([cell], folder):
+                        yield cell
+                        if not _fits([cell], found):
                             break
-                    if _fits(cells, folder):
+                    if _fits(cells, found):
                         break
-    for model in MODELS:
-        for topology, mesh in WEAK:
-            cell = weak(model, topology, mesh, extra)
-            if not cell.path(folder).exists():
-                yield cell
+    for what in ROWS_A_STEP:
+        for model in MODELS:
+            for place in WEAK:
+                yield weak(model, *place, what, extra)
     for what, changes in SETTINGS.items():
         for change in changes:
-            cell = Cell(*COMPARED, what, (*change, *extra))
-            if not cell.path(folder).exists():
-                yield cell
+            yield Cell(*COMPARED, what, (*change, *extra))
 
 
 def _ladder(model: str, chip: str, phase: str, extra: tuple[str, ...]) -> list[list[Cell]]:
@@ -146,71 +178,101 @@ def _micro_batches(what: str, mesh: str) -> tuple[str, ...]:
     return (f"--{what}.accumulate={rows}",) if rows else ()
 
 
-def _fits(cells: Sequence[Cell], folder: Path) -> bool:
-    return all(records and all(r.fits for r in records) for records in (cell.records(folder) for cell in cells))
+def _fits(cells: Sequence[Cell], found: Found) -> bool:
+    return all(cell.name in found and all(r.fits for r in found[cell.name]) for cell in cells)
 
 
-def markdown(folder: Path, extra: tuple[str, ...] = ()) -> str:
-    """The tables of what has run."""
-    return f"{smallest(folder, extra)}\n{weak_scaling(folder, extra)}\n{settings(folder, extra)}"
+def write(report: Path, found: Found, extra: tuple[str, ...] = ()) -> None:
+    """Brings the tables of a page up to date with what was found."""
+    for name, table in TABLES.items():
+        write_part(report, name, table(found, extra))
 
 
-def smallest(folder: Path, extra: tuple[str, ...] = ()) -> str:
+def smallest(found: Found, extra: tuple[str, ...] = ()) -> str:
     """For each model, phase and chip the slices that were tried, with the peak of the program that needs most."""
-    lines = ["| model | phase | " + " | ".join(LADDER) + " |", "| --- | --- |" + " --- |" * len(LADDER)]
+    lines = _head("model", "phase", *LADDER)
     for model in MODELS:
         for phase in PHASES:
-            tried = [_tried(_ladder(model, chip, phase, extra), folder) for chip in LADDER]
-            lines.append(f"| {model} | {phase} | " + " | ".join(tried) + " |")
-    return "\n".join(lines) + "\n"
+            tried = [_tried(_ladder(model, chip, phase, extra), found) for chip in LADDER]
+            lines.append(_row(model, phase, *tried))
+    return "\n".join(lines)
 
 
-def _tried(ladder: Sequence[Sequence[Cell]], folder: Path) -> str:
+def _tried(ladder: Sequence[Sequence[Cell]], found: Found) -> str:
     told = []
     for cells in ladder:
-        found = [record for cell in cells for record in cell.records(folder)]
-        if not found:
+        records = [record for cell in cells for record in found.get(cell.name, [])]
+        if not records:
             continue
-        peak = max(found, key=lambda r: r.peak / r.limit)
+        most = max(records, key=lambda r: r.peak / r.limit)
         place = f"{cells[0].topology} ({cells[0].mesh})"
-        need = f"{peak.peak / GIB:.1f} of {peak.limit / GIB:.1f} GiB ({peak.identity['program']})"
+        need = f"{most.peak / GIB:.1f} of {most.limit / GIB:.1f} GiB ({most.identity['program']})"
         told.append(
             f"**{place}: {need}**"
-            if _fits(cells, folder)
+            if _fits(cells, found)
             else f"{place}: no, {need}"
-            if not peak.fits
+            if not most.fits
             else f"{place}: {need}, in part"
         )
     return "<br>".join(told) or "not run"
 
 
-def weak_scaling(folder: Path, extra: tuple[str, ...] = ()) -> str:
-    """A step of SFT with two dialogues a chip on ever larger slices, per chip."""
+def weak_scaling(found: Found, extra: tuple[str, ...] = ()) -> str:
+    """Programs with `WEAK_ROWS` dialogues or prompts a chip on ever larger slices, per chip."""
     axes = ("data", "replica")
-    head = ["model", "slice", "chips", "TFLOP", "peak, GiB", "read and written, GB", *(f"sent along {a}, GB" for a in axes)]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for model in MODELS:
-        for topology, mesh in WEAK:
-            for r in weak(model, topology, mesh, extra).records(folder):
-                sent = [sum(r.sent.get(axis, {}).values()) / 1e9 for axis in axes]
-                cells = [
-                    *(model, f"{topology} ({mesh})", str(size(topology)), f"{r.flops / 1e12:.1f}", f"{r.peak / GIB:.1f}"),
-                    *(f"{r.moved / 1e9:.0f}", *(f"{s:.1f}" for s in sent)),
-                ]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    sent = [f"sent along {axis}, GB" for axis in axes]
+    lines = _head("program", "model", "slice", "chips", "TFLOP", "peak, GiB", "read and written, GB", *sent)
+    for what in ROWS_A_STEP:
+        for model in MODELS:
+            for topology, mesh in WEAK:
+                for r in found.get(weak(model, topology, mesh, what, extra).name, []):
+                    along = [f"{sum(r.sent.get(axis, {}).values()) / 1e9:.1f}" for axis in axes]
+                    sizes = f"{r.flops / 1e12:.1f}", f"{r.peak / GIB:.1f}", f"{r.moved / 1e9:.0f}"
+                    place = f"{topology} ({mesh})", str(size(topology))
+                    lines.append(_row(r.identity["program"], model, *place, *sizes, *along))
+    return "\n".join(lines)
 
 
-def settings(folder: Path, extra: tuple[str, ...] = ()) -> str:
+def settings(found: Found, extra: tuple[str, ...] = ()) -> str:
     """What each setting does to the memory of a device, in GiB."""
-    head = ("program", "setting", "parameters", "optimizer", "reference", "KV cache", "activations", "peak")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    parts = "parameters", "optimizer", "reference", "KV cache", "activations", "peak"
+    lines = _head("program", "setting", *parts)
     for what, changes in SETTINGS.items():
         for change in changes:
-            for r in Cell(*COMPARED, what, (*change, *extra)).records(folder):
+            for r in found.get(Cell(*COMPARED, what, (*change, *extra)).name, []):
                 weights = r.parts.get("parameters", 0) + r.parts.get("weights", 0)
                 sizes = (weights, r.parts.get("optimizer", 0), r.parts.get("reference", 0), r.cache, r.activations)
                 changed = " ".join(f"`{flag}`" for flag in change) or "none"
-                peak = f"{r.peak / GIB:.1f}" if r.fits else f"{r.peak / GIB:.1f}, does not fit"
-                lines.append("| " + " | ".join((what, changed, *(f"{s / GIB:.1f}" for s in sizes), peak)) + " |")
-    return "\n".join(lines) + "\n"
+                peak = f"{r.peak / GIB:.1f}" + ("" if r.fits else ", does not fit")
+                lines.append(_row(what, changed, *(f"{s / GIB:.1f}" for s in sizes), peak))
+    return "\n".join(lines)
+
+
+def seconds(found: Found, extra: tuple[str, ...] = ()) -> str:
+    """How long the compiler took for the programs that take longest."""
+    lines = _head("program", "cell", "lowered, s", "compiled, s", "processor, s")
+    told = [(r, name) for name, records in found.items() for r in records if r.seconds["compile"]]
+    for r, name in sorted(told, key=lambda item: -item[0].seconds["compile"])[:SLOWEST]:
+        lines.append(
+            _row(r.identity["program"], name, *(f"{r.seconds[part]:.0f}" for part in ("lower", "compile", "processor")))
+        )
+    return "\n".join(lines)
+
+
+TABLES: Mapping[str, Callable[[Found, tuple[str, ...]], str]] = {
+    "smallest slice": smallest,
+    "weak scaling": weak_scaling,
+    "settings": settings,
+    "seconds": seconds,
+}
+"""Name of its marks in the page -> table."""
+SLOWEST = 8
+"""Programs whose seconds are told."""
+
+
+def _head(*columns: str) -> list[str]:
+    return [_row(*columns), "|" + " --- |" * len(columns)]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -20,9 +20,10 @@ from vstar_jax.distributed import first, first_alone, largest, told
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.checkpoint import restore
 from vstar_jax.evaluation.protocol import evaluate
-from vstar_jax.evaluation.report import print_table, read_predictions, summarise, title, write_json, write_predictions
+from vstar_jax.evaluation.report import print_table, read_predictions, summarise, title, write_predictions
 from vstar_jax.models import hf, lora
 from vstar_jax.models.qwen2_5_vl import Qwen25VL, check_mesh
+from vstar_jax.pages import write_json
 from vstar_jax.tools.host import Tools
 from vstar_jax.tools.launch import open_tools
 from vstar_jax.training import grpo

@@ -33,7 +33,7 @@ from vstar_jax.data.stick_motion.dialogues import decision
 from vstar_jax.data.stick_motion.faults import CLEAN
 from vstar_jax.errors import UserError
 from vstar_jax.evaluation.published import TABLE_3, TABLE_4
-from vstar_jax.evaluation.report import write_json
+from vstar_jax.pages import write_json, write_part
 from vstar_jax.tools.launch import serve
 
 FOLDER = config_module.resolve("configs/study")
@@ -307,15 +307,10 @@ def write_report(rows: Sequence[Row], results: Results, report: Path) -> None:
     found = measured(rows, results)
     if not found:
         return
-    report.parent.mkdir(parents=True, exist_ok=True)
     _record(results, report.with_suffix(".json"))
-    marks = "<!-- study -->", "<!-- end of study -->"
-    text = report.read_text() if report.exists() else f"# The study\n\n{marks[0]}\n{marks[1]}\n"
-    before, _, rest = text.partition(marks[0])
-    after = rest.partition(marks[1])[2]
     picture = report.with_suffix(".png")
-    table = "\n".join((*_lines(found), "", f"![Base and novel accuracy of every row]({picture.name})", *_audited(results)))
-    report.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}")
+    table = (*_lines(found), "", f"![Base and novel accuracy of every row]({picture.name})", *_audited(results))
+    write_part(report, "study", "\n".join(table))
     _draw(found, picture)
 
 
