@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vstar_jax import huge_pages
 from vstar_jax.errors import UserError, run_script
 
 if TYPE_CHECKING:
@@ -253,4 +254,5 @@ MEASURES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] 
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     run_script(main)

@@ -9,7 +9,7 @@ setting of scripts/train.py --help may follow. An evaluation that was killed goe
 
 import argparse
 
-from vstar_jax import sharding
+from vstar_jax import huge_pages
 from vstar_jax.errors import run_script
 
 COUNTERFACTUALS = {
@@ -38,7 +38,7 @@ def main() -> None:
     )
     arguments, settings = parser.parse_known_args()
 
-    from vstar_jax import distributed
+    from vstar_jax import distributed, sharding
     from vstar_jax.evaluation import checkpoint
 
     for name in ("protocol", "prompts"):
@@ -54,4 +54,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     run_script(main)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vstar_jax import sharding
+from vstar_jax import huge_pages
 from vstar_jax.errors import UserError, run_script
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _watch(arguments: argparse.Namespace, settings: list[str]) -> tuple["Watched
     meanings = None if arguments.meanings is None else _meanings(arguments.meanings)
     checkpoint = arguments.checkpoint or _trained()
 
+    from vstar_jax import sharding
     from vstar_jax.evaluation import checkpoint as checkpoints
     from vstar_jax.evaluation import predict
 
@@ -108,4 +109,5 @@ def _meanings(path: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     run_script(main)

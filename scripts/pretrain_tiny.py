@@ -7,6 +7,7 @@ dialogues of SFT and on other combinations of moves than StickMotion's actions. 
 import argparse
 from pathlib import Path
 
+from vstar_jax import huge_pages
 from vstar_jax.errors import run_script
 
 
@@ -26,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     run_script(main)

@@ -10,6 +10,7 @@ Any setting of scripts/train.py --help may follow.
 
 import argparse
 
+from vstar_jax import huge_pages
 from vstar_jax.errors import run_script
 from vstar_jax.serving.server import Address, Batching, serve
 
@@ -44,4 +45,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     run_script(main)

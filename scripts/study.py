@@ -11,6 +11,7 @@ of scripts/train.py --help may follow and then holds for all rows. The rows are 
 import argparse
 from pathlib import Path
 
+from vstar_jax import huge_pages
 from vstar_jax.errors import UserError, run_script
 
 
@@ -40,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     run_script(main)

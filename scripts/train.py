@@ -2,13 +2,16 @@
 
 import sys
 
-from vstar_jax import sharding
+from vstar_jax import huge_pages
 from vstar_jax.config import parse
 from vstar_jax.errors import run_script
 
 
 def main() -> None:
     config = parse(sys.argv[1:])
+
+    from vstar_jax import sharding
+
     simulated = sharding.simulate_devices(config.mesh, config.distributed.processes)
 
     from vstar_jax import distributed
@@ -21,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     run_script(main)

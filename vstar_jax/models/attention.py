@@ -126,11 +126,13 @@ def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Arra
     top = jnp.maximum(ahead.max(-1, keepdims=True), own.max(-1, keepdims=True))
     ahead, own = jnp.exp(ahead - top), jnp.exp(own - top)
     total = ahead.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-    ahead, own = (ahead / total).astype(v.dtype), (own / total).astype(v.dtype)
+    ahead, own = ahead.astype(v.dtype), own.astype(v.dtype)
     by_group = pinned(ahead.reshape(groups, members, kv_heads, -1, shared).swapaxes(1, 2))
     by_group = pinned(by_group.reshape(groups, kv_heads, -1, shared))
-    out = pinned((by_group @ prefix_v).reshape(groups, kv_heads, members, -1, dim))
-    out = pinned(out.swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)) + own @ v
+    by_group = jnp.matmul(by_group, prefix_v, preferred_element_type=jnp.float32)
+    out = pinned(pinned(by_group).reshape(groups, kv_heads, members, -1, dim))
+    out = pinned(out.swapaxes(1, 2).reshape(rows, kv_heads, -1, dim))
+    out = ((out + jnp.matmul(own, v, preferred_element_type=jnp.float32)) / total).astype(v.dtype)
     return out.reshape(rows, kv_heads, repeats, length, dim).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
 
 
@@ -152,8 +154,12 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, cau
             scores = jnp.where(np.tri(end - start, keys, start, bool), scores, HIDDEN)
         if mask is not None:
             scores = jnp.where(mask[:, :, None, start:end, :keys], scores, HIDDEN)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(rows, kv_heads, -1, keys)
-        return (weights @ v[:, :, :keys]).reshape(rows, kv_heads, -1, end - start, dim)
+        # Divided after the product with the values, and the gradient of a row's sum is a product over d, not a sum over T.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights.astype(v.dtype).reshape(rows, kv_heads, -1, keys)
+        out = jnp.matmul(weights, v[:, :, :keys], preferred_element_type=jnp.float32)
+        return (out.reshape(*total.shape[:-1], dim) / total).astype(v.dtype)
 
     if causal:
         size = -(-length // CAUSAL_BLOCKS)
