@@ -78,7 +78,7 @@ def test_the_table_tells_means_spreads_and_differences_by_seed_and_whether_signs
         finished(tmp_path, "not_assessed", seed, 0.6, 0.4)
     report = tmp_path / "study.md"
     report.write_text("before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n")
-    write_report(ROWS, collect([0, 1, 2], tmp_path, (), report), report)
+    write_report(collect([0, 1, 2], tmp_path, (), report), report)
     text = report.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -101,11 +101,11 @@ def test_a_study_goes_on_from_the_record_where_the_folders_of_its_runs_are_not(t
     finished(runs, "assessed", 0, 0.6, 0.5, {"answer": [9, 10], "none": [1, 80]})
     finished(runs, "tools_off", 0, 0.1, 0.0)
     here = collect([0], runs, (), report)
-    write_report(ROWS, here, report)
+    write_report(here, report)
     told = report.read_text()
     elsewhere = tmp_path / "elsewhere"
     assert collect([0], elsewhere, (), report) == here
-    write_report(ROWS, collect([0], elsewhere, (), report), report)
+    write_report(collect([0], elsewhere, (), report), report)
     assert report.read_text() == told
     # With the tools served elsewhere it is the same run; with other settings it is another.
     assert collect([0], elsewhere, ("--tools.url=http://127.0.0.1:8765",), report) == here
@@ -113,9 +113,11 @@ def test_a_study_goes_on_from_the_record_where_the_folders_of_its_runs_are_not(t
     # A folder is newer than the record; what the record has of other runs stays.
     finished(elsewhere, "full", 0, 0.9, 0.7)
     finished(elsewhere, "full", 1, 0.9, 0.7)
-    write_report([FULL], collect([0, 1], elsewhere, (), report), report)
+    write_report(collect([1], elsewhere, (), report), report)
     runs = {(r["row"], r["seed"]): r["novel_top1"] for r in json.loads(report.with_suffix(".json").read_text())["runs"]}
     assert runs == {("full", 0): 0.7, ("assessed", 0): 0.5, ("tools_off", 0): 0.0, ("full", 1): 0.7}
+    assert "| SFT and RL with tools | 2 | 90.0 ± 0.0 | 70.0 ± 0.0 |" in report.read_text()
+    assert "| faulty dialogues, assessed | 1 | 60.0 | 50.0 | -20.0 |" in report.read_text()
 
 
 @pytest.mark.parametrize(("recorded", "trained"), [((), ["train.py", "evaluate.py"]), (("tools_off",), [])])
@@ -125,7 +127,7 @@ def test_a_counterfactual_row_has_its_policy_trained_again_where_the_record_alon
     report, runs = tmp_path / "study.md", tmp_path / "runs"
     for name in ("full", *recorded):
         finished(tmp_path / "gone", name, 0, 0.8, 0.6, flags=("--sft.steps=0",))
-    write_report(ROWS, collect([0], tmp_path / "gone", ("--sft.steps=0",), report), report)
+    write_report(collect([0], tmp_path / "gone", ("--sft.steps=0",), report), report)
     called = []
 
     def call(command, folder):

@@ -107,7 +107,8 @@ def row_config(row: Row, seed: int, runs: Path, flags: Sequence[str] = ()) -> Co
 def run_study(
     rows: Sequence[Row], seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path, workers: int = 1
 ) -> None:
-    """Runs what is missing and writes `report`, Markdown with a plot and a record of all results beside it, after every run.
+    """Runs what is missing of `rows` and writes `report`, Markdown with a plot and a record beside it, after every run: of all
+    rows and seeds that have a result.
 
     runs: the folder of all runs. A run that the record has with the same settings is not missing. workers: runs at a time, each
     on its share of the processor's cores. Raises UserError when a run fails, with the end of what it said.
@@ -127,10 +128,10 @@ def run_study(
                 futures = [pool.submit(job) for seed, wanted in missing.items() for job in study.jobs(wanted, seed)]
                 for future in tqdm(as_completed(futures), desc="study", unit="run", total=len(futures)):
                     future.result()
-                    write_report(rows, collect(seeds, runs, flags, report), report)
+                    write_report(collect(seeds, runs, flags, report), report)
             finally:
                 pool.shutdown(cancel_futures=True)
-    write_report(rows, collect(seeds, runs, flags, report), report)
+    write_report(collect(seeds, runs, flags, report), report)
 
 
 class _Runs:
@@ -236,13 +237,16 @@ settings, a digest of the run's configuration."""
 
 
 def collect(seeds: Sequence[int], runs: Path, flags: Sequence[str], report: Path) -> Results:
-    """What the rows of the study came to, as the folders of their runs tell it, else the record beside `report`.
+    """What all rows came to, as the folders of their runs tell it, else the record beside `report`.
+
+    seeds: of the folders to look for, besides those that are recorded.
 
     Raises UserError when a run in its folder was made with other settings: its result is not this study's.
     """
     record = report.with_suffix(".json")
     recorded = json.loads(record.read_text())["runs"] if record.exists() else []
     found = {(r["row"], r["seed"]): {key: r[key] for key in r if key not in ("row", "seed")} for r in recorded}
+    seeds = sorted({*seeds, *(seed for _, seed in found)})
     results: Results = {}
     for row, seed in ((row, seed) for seed in seeds for row in ROWS):
         told = _digest(row_config(row, seed, runs, flags), NOT_RESULT)
@@ -283,10 +287,10 @@ class Measured:
     paper: float | None
 
 
-def measured(rows: Sequence[Row], results: Results) -> list[Measured]:
+def measured(results: Results) -> list[Measured]:
     """The rows that have a result for some seed."""
     found: list[Measured] = []
-    for row in rows:
+    for row in ROWS:
         of = {seed: result for (name, seed), result in results.items() if name == row.name}
         if not of:
             continue
@@ -302,9 +306,9 @@ def _published(row: Row) -> float | None:
     return rows[row.paper] - rows[ROWS[1].paper] if row.paper and row.name != FULL else None
 
 
-def write_report(rows: Sequence[Row], results: Results, report: Path) -> None:
+def write_report(results: Results, report: Path) -> None:
     """Writes the table as Markdown between the marks of `report`, draws the plot and brings the record up to date."""
-    found = measured(rows, results)
+    found = measured(results)
     if not found:
         return
     _record(results, report.with_suffix(".json"))
