@@ -24,7 +24,7 @@ def main() -> None:
     from vstar_jax.scaling import chips, compiler, programs, tables
 
     if arguments.table:
-        tables.run(arguments.report, Path(__file__), flags)
+        tables.run(arguments.report, Path(__file__), flags, arguments.workers)
         print(f"the tables are in {arguments.report}")
         return
     whole = f"{chips.size(arguments.topology)}x1"
@@ -45,6 +45,7 @@ OPTIONS = """Options:
   --json=FILE                  writes what is printed as JSON, too
   --table                      compiles every cell of the tables of docs/scaling.md in a process of its own
   --report=docs/scaling.md     page with the tables; cells that the JSON beside it records are not compiled again
+  --workers=1                  cells of the tables that are compiled at a time
 """
 
 
@@ -56,6 +57,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--report", type=Path, default=Path("docs/scaling.md"))
+    parser.add_argument("--workers", type=int, default=1)
     return parser.parse_known_args(sys.argv[1:])
 
 

@@ -8,9 +8,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Lock
 
 from tqdm import tqdm
 
@@ -41,6 +43,8 @@ WEAK = (("v5p:2x2x1", "4x1"), ("v5p:2x2x4", "16x1"), ("v5p:4x4x4", "4x16x1"), ("
 """Slices and meshes of weak scaling: parameters are split over at most 16 chips, and repeated beyond."""
 WEAK_ROWS = 2
 """Dialogues of each chip under weak scaling, or prompts, of four episodes each."""
+WEAK_MODELS: Mapping[str, Sequence[str]] = {"sft": MODELS, "rollout": MODELS[1:], "grpo": MODELS[1:]}
+"""What is compiled for weak scaling -> the models for which it is."""
 COMPARED = (MODELS[0], *WEAK[0])
 """Model, slice and mesh on which settings are compared."""
 SETTINGS: Mapping[str, Sequence[tuple[str, ...]]] = {
@@ -90,19 +94,43 @@ def weak(model: str, topology: str, mesh: str, what: str, extra: tuple[str, ...]
     return Cell(model, topology, mesh, what, (*(() if rows == 8 else flags), *extra))
 
 
-def run(report: Path, script: Path, flags: Sequence[str]) -> None:
-    """Runs every cell that is not recorded yet, and writes the tables into `report` after each.
+def run(report: Path, script: Path, flags: Sequence[str], workers: int = 1) -> None:
+    """Compiles every cell that is not recorded yet, and writes the tables into `report` after each.
 
-    flags: settings on top of the paper's, for all cells. UserError when a cell ends in anything but a page.
+    flags: settings on top of the paper's, for all cells; workers: cells at a time, each of which keeps a core busy. UserError
+    when a cell ends in anything but a page, and for no worker.
     """
+    if workers < 1:
+        raise UserError(f"there cannot be {workers} workers: choose one or more, each needs a core and some 3 GiB.")
     record, extra = report.with_suffix(".json"), tuple(flags)
-    found = read(record)
+    found, writing, stopped = read(record), Lock(), Event()
+
+    def follow(chain: Iterator[Cell]) -> None:
+        for cell in chain:
+            if cell.name in found:
+                continue
+            if stopped.is_set():
+                return
+            tqdm.write(cell.name)
+            try:
+                records = _compiled(cell, script)
+            except BaseException:
+                stopped.set()
+                raise
+            with writing:
+                found[cell.name] = records
+                _record(record, found)
+                write(report, found, extra)
+
     write(report, found, extra)
-    for cell in tqdm(_needed(found, extra), desc="tables", unit="cell"):
-        tqdm.write(cell.name)
-        found[cell.name] = _compiled(cell, script)
-        _record(record, found)
-        write(report, found, extra)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = [pool.submit(follow, chain) for chain in _chains(found, extra)]
+        for future in tqdm(as_completed(futures), desc="tables", unit="part", total=len(futures)):
+            future.result()
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def _compiled(cell: Cell, script: Path) -> list[Record]:
@@ -136,32 +164,23 @@ def _record(path: Path, found: Found) -> None:
     write_json(path, {"cells": {name: [kept(r) for r in records] for name, records in sorted(found.items())}})
 
 
-def _needed(found: Found, extra: tuple[str, ...]) -> Iterator[Cell]:
-    """The cells to run, in order: each ladder up to the first slice that holds every program of a phase."""
-    for cell in _wanted(found, extra):
-        if cell.name not in found:
+def _chains(found: Found, extra: tuple[str, ...]) -> list[Iterator[Cell]]:
+    """The cells of all tables, in parts that do not depend on each other."""
+    ladders = [_climbed(_ladder(model, chip, phase, extra), found) for chip in LADDER for model in MODELS for phase in PHASES]
+    alone = [weak(model, *place, what, extra) for what, models in WEAK_MODELS.items() for model in models for place in WEAK]
+    alone += [Cell(*COMPARED, what, (*change, *extra)) for what, changes in SETTINGS.items() for change in changes]
+    return [*ladders, *(iter([cell]) for cell in alone)]
+
+
+def _climbed(ladder: Sequence[Sequence[Cell]], found: Found) -> Iterator[Cell]:
+    """The cells of a ladder up to the first slice that holds every program; each is found before the next is asked for."""
+    for cells in ladder:
+        for cell in cells:
             yield cell
-
-
-def _wanted(found: Found, extra: tuple[str, ...]) -> Iterator[Cell]:
-    """All cells of the tables; what a ladder needs depends on what was found before it is asked for the next."""
-    for chip in LADDER:
-        for model in MODELS:
-            for phase in PHASES:
-                for cells in _ladder(model, chip, phase, extra):
-                    for cell in cells:
-                        yield cell
-                        if not _fits([cell], found):
-                            break
-                    if _fits(cells, found):
-                        break
-    for what in ROWS_A_STEP:
-        for model in MODELS:
-            for place in WEAK:
-                yield weak(model, *place, what, extra)
-    for what, changes in SETTINGS.items():
-        for change in changes:
-            yield Cell(*COMPARED, what, (*change, *extra))
+            if not _fits([cell], found):
+                break
+        if _fits(cells, found):
+            return
 
 
 def _ladder(model: str, chip: str, phase: str, extra: tuple[str, ...]) -> list[list[Cell]]:
@@ -222,8 +241,8 @@ def weak_scaling(found: Found, extra: tuple[str, ...] = ()) -> str:
     axes = ("data", "replica")
     sent = [f"sent along {axis}, GB" for axis in axes]
     lines = _head("program", "model", "slice", "chips", "TFLOP", "peak, GiB", "read and written, GB", *sent)
-    for what in ROWS_A_STEP:
-        for model in MODELS:
+    for what, models in WEAK_MODELS.items():
+        for model in models:
             for topology, mesh in WEAK:
                 for r in found.get(weak(model, topology, mesh, what, extra).name, []):
                     along = [f"{sum(r.sent.get(axis, {}).values()) / 1e9:.1f}" for axis in axes]
