@@ -34,14 +34,18 @@ def formula(q, k, v, sees) -> np.ndarray:
 CAUSAL = np.tril(np.ones((S, T), bool))
 SEGMENTS = np.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 0, 0]], np.int32)
 SLOTS = np.asarray([[0, 1, 2, 3, 4, 5], [3, 4, 5, 5, 5, 5]], np.int32)
-VALID = np.asarray([[1, 1, 1, 1, 0, 0], [1, 0, 1, 0, 1, 0]], bool)
+LENGTHS = np.asarray([4, 1], np.int32)
 SAME = SEGMENTS[:, None, :, None] == SEGMENTS[:, None, None, :]
 
 MASKS = {
     "nothing hidden": ({}, np.ones(1, bool)),
     "causal": ({"causal": True}, CAUSAL),
     "packed": ({"causal": True, "segments": SEGMENTS}, CAUSAL & SAME),
-    "valid keys": ({"valid": VALID}, VALID[:, None, None, :]),
+    "the first keys": ({"lengths": LENGTHS}, (np.arange(T) < LENGTHS[:, None])[:, None, None, :]),
+    "packed, the first keys": (
+        {"causal": True, "segments": SEGMENTS, "lengths": np.asarray([6, 5], np.int32)},
+        CAUSAL & SAME & (np.arange(T) < np.asarray([[6], [5]]))[:, None, None, :],
+    ),
 }
 
 

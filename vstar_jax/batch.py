@@ -45,7 +45,7 @@ class Groups:
     """How the patches of a row split into the groups inside which the tower attends.
 
     size: patches in a group, static. index: None when the row is whole groups of `size` in order (then attention is a
-    reshape), else int32 [B, N, size] of patch numbers, where P marks an empty slot.
+    reshape), else int32 [B, N, size] of patch numbers, where P marks an empty slot; a group's empty slots are its last.
     """
 
     index: Array | None

@@ -27,7 +27,7 @@ def attention(
     *,
     causal: bool = False,
     segments: Array | None = None,
-    valid: Array | None = None,
+    lengths: Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v with grouped heads; softmax in float32.
 
@@ -36,16 +36,22 @@ def attention(
         causal: query i sees keys up to i (S equals T).
         segments: int32 [B, S]; query and key must be of the same segment (S equals T). Padding is segment 0 and sees itself,
             so no row of scores is empty.
-        valid: bool [B, T]; the keys that exist. Every row needs at least one.
+        lengths: int32 [B]; how many keys exist, the first ones of the T. Every row needs at least one.
 
     Returns [B, S, N, d] in the type of q.
     """
     platform = sharding.platform()
-    if platform == "tpu" and causal and q.shape[1] % SPLASH_BLOCK == 0 and q.shape[-1] % 128 == 0:
+    if platform == "tpu" and causal and lengths is None and q.shape[1] % SPLASH_BLOCK == 0 and q.shape[-1] % 128 == 0:
         return _splash(q, k, v, segments)
-    mask = _mask(segments, valid)
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
     if _flash(q):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+        # Lengths are the kernel's own; as a mask they would be a bias of T x T for each row.
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+    if lengths is not None:
+        exist = (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
+        mask = exist if mask is None else mask & exist
     return _plain(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal)
 
 
@@ -168,19 +174,6 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, cau
     else:
         out = block(0, length, v.shape[2])
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
-
-
-def _mask(segments, valid) -> jax.Array | None:
-    """bool [B, 1, S or 1, T], true where a query sees a key; None when nothing is hidden."""
-    masks = []
-    if segments is not None:
-        masks.append((segments[:, :, None] == segments[:, None, :])[:, None])
-    if valid is not None:
-        masks.append(valid[:, None, None, :])
-    mask = None
-    for m in masks:
-        mask = m if mask is None else mask & m
-    return mask
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: Array | None) -> jax.Array:

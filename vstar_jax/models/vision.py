@@ -42,8 +42,8 @@ def attend_in_groups(q: jax.Array, k: jax.Array, v: jax.Array, groups: Groups) -
 
     q, k, v = (gather(x).reshape(-1, groups.size, heads, dim) for x in (q, k, v))
     # A group that is all padding keeps its first key, so that its softmax is defined.
-    valid = (index < count).reshape(-1, groups.size) | (jnp.arange(groups.size) == 0)
-    out = attention(q, k, v, valid=valid).reshape(rows, -1, heads, dim)
+    lengths = jnp.maximum((index < count).reshape(-1, groups.size).sum(axis=1, dtype=jnp.int32), 1)
+    out = attention(q, k, v, lengths=lengths).reshape(rows, -1, heads, dim)
     scatter = jax.vmap(lambda to, at, x: to.at[at].set(x, mode="drop", unique_indices=False))
     return scatter(jnp.zeros((rows, count, heads, dim), out.dtype), index, out)
 
