@@ -1,4 +1,4 @@
-"""Compiles the programs of a run for a TPU slice that is not there, and says whether they fit and what they cost.
+"""Compiles the programs of a run for a TPU slice or GPUs that are not there, and says whether they fit and what they cost.
 
   python scripts/compile.py --model=qwen2.5-vl-7b --topology=v5p:2x2x1 --mesh=4x1 --what=sft
   python scripts/compile.py --table
@@ -40,8 +40,8 @@ def main() -> None:
 
 OPTIONS = """Options:
   --model=tiny                 tiny, qwen2.5-vl-3b or qwen2.5-vl-7b
-  --topology=v5e:2x2           v5e:AxB, v6e:AxB or v5p:AxBxC
-  --what=sft                   sft, rollout or grpo (the reference's log-probabilities and the update)
+  --topology=v5e:2x2           v5e:AxB, v6e:AxB or v5p:AxBxC of TPUs, h100:N or h200:N of GPUs in one node
+  --what=sft                   sft, rollout (not for GPUs) or grpo (the reference's log-probabilities and the update)
   --json=FILE                  writes what is printed as JSON, too
   --table                      compiles every cell of the tables of docs/scaling.md in a process of its own
   --report=docs/scaling.md     page with the tables; cells that the JSON beside it records are not compiled again

@@ -1,6 +1,7 @@
-"""What is read from compiled programs is what they do, and the programs of a run compile for a TPU that is not there.
+"""What is read from compiled programs is what they do, and the programs of a run compile for TPUs and GPUs that are not there.
 
-The first part compiles for simulated CPU devices; what needs libtpu is skipped where it is not installed.
+The first part compiles for simulated CPU devices; what needs libtpu or JAX's plugin for CUDA is skipped where they are not
+installed.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,6 +33,7 @@ SMALL = (
     *("--grpo.prompts=4", "--grpo.group=2", "--grpo.accumulate=2", "--grpo.chunk=64"),
     *("--rollout.max_new_tokens=[8,16]", "--rollout.turn_tokens=64"),
 )
+needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra gpu")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
 
 
@@ -95,6 +98,28 @@ ENTRY %main (a: f32[4,128], i: s32[]) -> f32[128] {
 def test_of_a_stack_of_layers_a_fusion_in_a_fusion_reads_the_one_that_it_takes():
     module = Module(NESTED)
     assert module.total(moved(module)) == 128 * 4 + 4 + 128 * 4
+
+
+CUDNN = """HloModule attention
+
+ENTRY %main (q: bf16[2,64,4,80], k: bf16[2,64,2,80]) -> bf16[2,4,64,80] {
+  %q = bf16[2,64,4,80]{3,2,1,0} parameter(0)
+  %k = bf16[2,64,2,80]{3,2,1,0} parameter(1)
+  %dot_product_attention_KIND.1 = (bf16[2,4,64,80]{3,1,2,0}, f32[2,4,64]{2,1,0}) custom-call(%q, %k, %k), CONFIG
+  ROOT %out = bf16[2,4,64,80]{3,1,2,0} get-tuple-element(%dot_product_attention_KIND.1), index=0
+}
+"""
+CONFIG = (
+    'custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": '
+    '{"element_type": "BF16", "dimensions": ["2", "4", "64", "96"]}, "is_flash_attention": true, "mask_type": "MASK"}}'
+)
+
+
+@pytest.mark.parametrize(("kind", "products"), [("fwd", 2), ("bwd", 5)])
+@pytest.mark.parametrize(("mask", "share"), [("CAUSAL", 0.5), ("PADDING_CAUSAL", 0.5), ("PADDING", 1), ("NO_MASK", 1)])
+def test_what_a_kernel_of_cudnn_computes_follows_from_its_scores_and_their_mask(kind, products, mask, share):
+    module = Module(CUDNN.replace("CONFIG", CONFIG).replace("KIND", kind).replace("MASK", mask))
+    assert module.total(flops) == share * products * 2 * (2 * 4 * 64 * 96) * 80
 
 
 @pytest.mark.parametrize(
@@ -197,9 +222,11 @@ def test_the_compilers_refusal_becomes_a_page(mesh: Callable[[str], Mesh], messa
     ("topology", "told"),
     [
         ("v5e", "write CHIP:SHAPE"),
-        ("v9:2x2", "choose one of v5e, v5p, v6e"),
+        ("v9:2x2", "choose one of v5e, v5p, v6e, h100, h200"),
         ("v5e:2x2x1", "does not have the 2 numbers"),
         ("v5p:2x2", "write it as in v5p:2x2x1"),
+        ("h200:2x4", "write it as in h200:8"),
+        ("h200:9", "choose h200:1 to h200:8"),
     ],
 )
 def test_a_slice_that_is_none_is_one_sentence(topology: str, told: str):
@@ -221,6 +248,20 @@ def test_without_libtpu_a_sentence_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[tpu\]'"):
         chips.devices("v5e:2x2")
+
+
+def test_without_the_plugin_for_cuda_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    def missing(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"pip install -e '.\[gpu\]'"):
+        chips.devices("h200:8")
+
+
+def test_a_rollout_cannot_be_compiled_for_a_gpu_that_is_not_there():
+    with pytest.raises(UserError, match="only where there is one: choose one of sft, grpo"):
+        compiler.compile_all(parse(["--mesh=8x1"], programs.paper("tiny")), "tiny", "h200:8", "rollout", [])
 
 
 def test_unknown_models_and_programs_are_one_sentence():
@@ -291,6 +332,18 @@ def test_a_ladder_ends_where_it_fits_and_tables_go_on_from_their_record(
     assert not compiled
     assert page.read_text() == told
     assert "not run" not in told
+
+
+@needs_cuda
+@pytest.mark.parametrize("what", ["sft", "grpo"])
+def test_the_programs_of_a_run_compile_for_gpus_that_are_not_there(what: str):
+    flags = ["--mesh=2x2", "--policy.dtype=bfloat16"]
+    found = compiler.compile_all(small(*flags), "tiny", "h200:4", what, flags)
+    assert [r.identity["program"] for r in found] == {"grpo": ["reference", "update"]}.get(what, [what])
+    for r in found:
+        assert r.fits
+        assert r.flops > 0
+        assert set(r.sent) >= {"data", "model"}
 
 
 @needs_libtpu

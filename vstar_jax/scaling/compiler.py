@@ -32,6 +32,11 @@ def compile_all(config: Config, model: str, topology: str, what: str, flags: Seq
         )
     if what not in WHATS:
         raise UserError(f"there is no program {what!r}: choose one of {', '.join(WHATS)}.")
+    if what not in compilable(chip):
+        raise UserError(
+            f"a {what} asks its tools in the middle, which JAX compiles for a GPU only where there is one: choose one of "
+            f"{', '.join(compilable(chip))}."
+        )
     mesh = sharding.make_mesh(config.mesh, chips.devices(topology))
     identity = {
         "model": model,
@@ -39,13 +44,18 @@ def compile_all(config: Config, model: str, topology: str, what: str, flags: Seq
         "mesh": config.mesh,
         "flags": [flag for flag in flags if not flag.startswith("--mesh")],
         "settings": told(config),
-        "versions": {"jax": jax.__version__, "libtpu": _libtpu()},
+        "versions": {"jax": jax.__version__, "compiler": _version("jax-cuda13-plugin" if chip.is_gpu else "libtpu")},
     }
     found = []
     for program in programs(config, architecture_of(model), mesh, what):
         found.append(compiled(program, identity, mesh, chip))
         print(page(found[-1]), flush=True)
     return found
+
+
+def compilable(chip: chips.Chip) -> tuple[str, ...]:
+    """Which of `WHATS` can be compiled for a chip that is not there: jax 0.10.2 asks a GPU's own client for its callbacks."""
+    return tuple(what for what in WHATS if not (chip.is_gpu and what == "rollout"))
 
 
 def compiled(program: Program, identity: dict[str, Any], mesh: Mesh, chip: chips.Chip) -> Record:
@@ -82,8 +92,8 @@ def told(config: Config) -> dict[str, Any]:
     return {**told, **rows}
 
 
-def _libtpu() -> str:
+def _version(package: str) -> str:
     try:
-        return version("libtpu")
+        return f"{package} {version(package)}"
     except PackageNotFoundError:
         return "unknown"

@@ -225,16 +225,24 @@ def flops(visit: Visit) -> float:
     return 0.0
 
 
-KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-"""Attention kernels, whose text XLA does not open -> their products of S x S scores with the width of a head."""
+KERNELS = {
+    **{"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4},
+    **{"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5},
+}
+"""Attention kernels of Pallas and cuDNN, whose text XLA does not open -> their products of scores with the width of a head."""
+SCORES = re.compile(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)\].*?"mask_type":\s*"(\w+)"')
+"""What cuDNN's kernels tell: the shape of their scores, and which of them are hidden."""
 
 
 def _kernel(instruction: Instruction) -> float:
-    """A causal attention kernel computes half of the square."""
+    """A causal attention kernel computes half of the square of its scores, as all of the splash kernel are here."""
     products = next((n for name, n in KERNELS.items() if instruction.name.startswith(name)), 0)
     if not products:
         return 0.0
     *heads, length, width = max(instruction.shapes, key=lambda shape: math.prod(shape.dims)).dims
+    if told := SCORES.search(instruction.attributes):
+        computed = math.prod(int(n.strip('"')) for n in told[1].replace(" ", "").split(","))
+        return products * computed * width * (1 if "CAUSAL" in told[2] else 2)
     return products * math.prod(heads) * length * length * width
 
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from vstar_jax.errors import UserError
 from vstar_jax.pages import write_json, write_part
-from vstar_jax.scaling.chips import GIB, size
+from vstar_jax.scaling.chips import CHIPS, GIB, size
+from vstar_jax.scaling.compiler import compilable
 from vstar_jax.scaling.report import Record
 from vstar_jax.sharding import mesh_shape
 
@@ -33,6 +34,7 @@ LADDER: Mapping[str, Sequence[tuple[str, str]]] = {
     ),
     "v5p": (("v5p:1x1x1", "1x1"), ("v5p:2x2x1", "4x1"), ("v5p:2x2x2", "8x1"), ("v5p:2x2x4", "8x2")),
     "v6e": (("v6e:1x1", "1x1"), ("v6e:2x2", "4x1"), ("v6e:2x4", "8x1"), ("v6e:2x4", "4x2"), ("v6e:4x4", "8x2")),
+    "h200": (("h200:1", "1x1"), ("h200:2", "2x1"), ("h200:4", "4x1"), ("h200:8", "8x1")),
 }
 """Chip -> slices with their meshes from the smallest on; eight dialogues split over at most eight devices."""
 MODELS = ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
@@ -184,10 +186,8 @@ def _climbed(ladder: Sequence[Sequence[Cell]], found: Found) -> Iterator[Cell]:
 
 
 def _ladder(model: str, chip: str, phase: str, extra: tuple[str, ...]) -> list[list[Cell]]:
-    return [
-        [Cell(model, *place, what, (*_micro_batches(what, place[1]), *extra)) for what in PHASES[phase]]
-        for place in LADDER[chip]
-    ]
+    whats = [what for what in PHASES[phase] if what in compilable(CHIPS[chip])]
+    return [[Cell(model, *place, what, (*_micro_batches(what, place[1]), *extra)) for what in whats] for place in LADDER[chip]]
 
 
 def _micro_batches(what: str, mesh: str) -> tuple[str, ...]:
