@@ -62,6 +62,18 @@ def test_attention_and_its_gradient_are_kernels_of_cudnn(case: str, heads: tuple
     assert lowered(gradient, q, k, k, *masks).count(KERNEL) >= 2
 
 
+@pytest.mark.parametrize(("devices", "kernel"), [("8x1", "2x64x4x80"), ("4x2", "4x64x2x80"), ("2x4", "8x64x1x80")])
+def test_every_device_computes_its_own_rows_and_heads_alone(devices: str, kernel: str, mesh: Callable[[str], Mesh]):
+    """Also where there are fewer KV heads than devices along the model axis; and in the gradient, which was not so."""
+    q, k, lengths = shape(16, 64, 4, 80), shape(16, 64, 2, 80), shape(16, dtype=jnp.int32)
+    gradient = jax.grad(lambda q, k, v, n: attention(q, k, v, lengths=n).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    with jax.set_mesh(mesh(devices)):
+        text = lowered(gradient, q, k, k, lengths)
+    calls = [line for line in text.splitlines() if KERNEL in line]
+    assert len(calls) == 2
+    assert all(f"tensor<{kernel}xbf16>" in line for line in calls)
+
+
 def test_a_prompt_is_prefilled_by_a_kernel_of_cudnn():
     q, k, v = shape(2, 64, 4, 80), shape(2, 2, 80, 96), shape(2, 2, 96, 80)
     assert KERNEL in lowered(attention_cached, q, k, v, shape(2, 64, dtype=jnp.int32))

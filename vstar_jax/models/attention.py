@@ -5,6 +5,7 @@ oddly shaped problems: XLA.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +43,10 @@ def attention(
     """
     platform = sharding.platform()
     if platform == "tpu" and causal and lengths is None and q.shape[1] % SPLASH_BLOCK == 0 and q.shape[-1] % 128 == 0:
-        return _splash(q, k, v, segments)
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+        return _by_device(_splash, q, k, v, segments)
     if _flash(q):
-        # Lengths are the kernel's own; as a mask they would be a bias of T x T for each row.
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
-        )
+        return _by_device(partial(_cudnn, causal), q, k, v, segments, lengths)
+    mask = _same(segments)
     if lengths is not None:
         exist = (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None]
         mask = exist if mask is None else mask & exist
@@ -63,9 +61,11 @@ def attention_cached(q: jax.Array, k: jax.Array, v: jax.Array, q_slots: Array) -
     def seen(slots: Array) -> jax.Array:
         return jnp.arange(total) <= slots[:, None, :, None]
 
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, slots: Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=seen(slots), implementation="cudnn")
+
     if _flash(q):
-        k, v = k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)
-        return jax.nn.dot_product_attention(q, k, v, mask=seen(q_slots), implementation="cudnn")
+        return _by_device(kernel, q, k.transpose(0, 3, 1, 2), v.swapaxes(1, 2), q_slots)
     return _in_blocks(lambda q, slots: _plain(q, k.swapaxes(2, 3), v, seen(slots), False), q, q_slots)
 
 
@@ -176,26 +176,44 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, cau
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: Array | None) -> jax.Array:
-    """The Pallas kernel for TPU, causal, run by each device on its own rows and heads."""
+def _same(segments: Array | None) -> jax.Array | None:
+    """bool [B, 1, S, S], true where query and key are of one segment; None when rows are not packed."""
+    return None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+
+
+def _by_device(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, *by_row: Array | None) -> jax.Array:
+    """`kernel(q, k, v, *by_row)`, run by each device on its own rows and heads; by_row: arrays [B, ...], or None.
+
+    The compiler does not see into a kernel: left to itself it had every device compute the gradient for the rows of all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, *by_row)
+    if k.shape[2] % mesh.shape["model"]:  # fewer KV heads than devices: give each query head its own copy
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    specs = [sharding.spec(("batch", None, "heads", None), x.shape, mesh) for x in (q, k, v)]
+    rows = (P(specs[0][0]),) * len(by_row)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(*specs, *rows), out_specs=specs[0], check_vma=False)(q, k, v, *by_row)
+
+
+def _cudnn(
+    causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, lengths: jax.Array | None
+) -> jax.Array:
+    """cuDNN's flash attention. Lengths are its own; as a mask they would be a bias of T x T for each row."""
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=_same(segments), is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """The Pallas kernel for TPU, causal."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    mesh = jax.sharding.get_abstract_mesh()
     length, heads = q.shape[1], q.shape[2]
+    masks = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    kernel = splash.make_splash_mha(masks, head_shards=1, q_seq_shards=1)
     if segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
-
-    def local(q, k, v, segments):
-        masks = splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[2])
-        kernel = splash.make_splash_mha(masks, head_shards=1, q_seq_shards=1)
-        q, k, v = (x.swapaxes(1, 2) for x in (q * (q.shape[-1] ** -0.5), k, v))
-        ids = splash.SegmentIds(q=segments, kv=segments)
-        return jax.vmap(kernel)(q, k, v, segment_ids=ids).swapaxes(1, 2).astype(v.dtype)
-
-    if mesh.empty:
-        return local(q, k, v, segments)
-    if k.shape[2] % mesh.shape["model"]:  # fewer KV heads than devices: give each query head its own copy
-        k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
-    specs = [sharding.spec(("batch", None, "heads", None), x.shape, mesh) for x in (q, k, v)]
-    rows = P(specs[0][0], None)
-    return jax.shard_map(local, mesh=mesh, in_specs=(*specs, rows), out_specs=specs[0], check_vma=False)(q, k, v, segments)
+    q, k, v = (x.swapaxes(1, 2) for x in (q * (q.shape[-1] ** -0.5), k, v))
+    ids = splash.SegmentIds(q=segments, kv=segments)
+    return jax.vmap(kernel)(q, k, v, segment_ids=ids).swapaxes(1, 2).astype(v.dtype)
