@@ -130,6 +130,9 @@ def test_what_a_kernel_of_cudnn_computes_follows_from_its_scores_and_their_mask(
         ("replica_groups={{0,2,4,6},{1,3,5,7}}", "data"),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", "model"),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", "dataxmodel"),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", "model"),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", "data"),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([8]) {'axis_0'}", "data"),
         ("source_target_pairs={{0,2},{2,4},{4,6},{6,0},{1,3},{3,5},{5,7},{7,1}}", "data"),
         ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", "none"),
         ("replica_groups={}", "dataxmodel"),
@@ -137,6 +140,11 @@ def test_what_a_kernel_of_cudnn_computes_follows_from_its_scores_and_their_mask(
 )
 def test_every_way_to_write_replica_groups_tells_its_axis(attributes: str, axis: str):
     assert axis_of(groups(attributes, 8), {"data": 4, "model": 2}) == axis
+
+
+def test_groups_in_a_notation_that_is_not_known_are_no_guess():
+    with pytest.raises(ValueError, match="a way that is not known"):
+        groups("channel_id=1, replica_groups=<new notation>, dimensions={0}", 8)
 
 
 def test_a_page_adds_up_and_parameters_are_what_a_device_holds(mesh: Callable[[str], Mesh]):

@@ -11,26 +11,35 @@ from vstar_jax.scaling.hlo import Instruction, Module, Visit
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}")
 
 
 def groups(attributes: str, devices: int) -> list[list[int]]:
-    """The devices that take part with each other, by their place in the mesh; one group of all where none is given."""
+    """The devices that take part with each other, by their place in the mesh; one group of all where none is given.
+
+    ValueError for a notation that is not known: to take it for all devices would count many times what is sent.
+    """
     if match := IOTA.search(attributes):
-        shape, sizes = _numbers(match[1]), _numbers(match[2])
-        order = _numbers(match[3]) if match[3] else range(len(sizes))
-        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape).tolist()
+        return _numbered(match[2], match[3]).reshape(_numbers(match[1])).tolist()
     if match := NAMED.search(attributes):
         axes = re.findall(r"'(\w+)'=(\d+)", match[1])
         names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
-        along = [names.index(name) for name in re.findall(r"'(\w+)'", match[2])]
+        along = [names.index(name) for name in re.findall(r"'(\w+)'", match[4])]
         across = [n for n in range(len(names)) if n not in along]
-        places = np.arange(math.prod(sizes)).reshape(sizes).transpose(*across, *along)
+        places = _numbered(match[2] or str(math.prod(sizes)), match[3]).reshape(sizes).transpose(*across, *along)
         return places.reshape(-1, math.prod(sizes[n] for n in along)).tolist()
-    if (match := LISTED.search(attributes)) and match[1]:
-        return [_numbers(inner) for inner in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := LISTED.search(attributes):
+        return [_numbers(inner) for inner in re.findall(r"\{([\d,]+)\}", match[1])] if match[1] else [list(range(devices))]
+    if "replica_groups=" in attributes:
+        raise ValueError(f"the groups of a collective are written in a way that is not known: {attributes[:200]}")
     return [list(range(devices))]
+
+
+def _numbered(sizes: str, order: str | None) -> np.ndarray:
+    """Devices as an array of `sizes`, with its axes in another order where one is given."""
+    numbers = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return numbers.transpose(_numbers(order)) if order else numbers
 
 
 def _numbers(text: str) -> list[int]:

@@ -169,8 +169,8 @@ def _record(path: Path, found: Found) -> None:
 def _chains(found: Found, extra: tuple[str, ...]) -> list[Iterator[Cell]]:
     """The cells of all tables, in parts that do not depend on each other."""
     ladders = [_climbed(_ladder(model, chip, phase, extra), found) for chip in LADDER for model in MODELS for phase in PHASES]
-    alone = [weak(model, *place, what, extra) for what, models in WEAK_MODELS.items() for model in models for place in WEAK]
-    alone += [Cell(*COMPARED, what, (*change, *extra)) for what, changes in SETTINGS.items() for change in changes]
+    alone = [Cell(*COMPARED, what, (*change, *extra)) for what, changes in SETTINGS.items() for change in changes]
+    alone += [weak(model, *place, what, extra) for what, models in WEAK_MODELS.items() for model in models for place in WEAK]
     return [*ladders, *(iter([cell]) for cell in alone)]
 
 
