@@ -310,6 +310,12 @@ def test_tables_are_made_of_the_cells_that_have_run(refused: report.Record):
     assert row.endswith(f"| {refused.peak / chips.GIB:.1f}, does not fit |")
 
 
+def test_every_setting_that_is_compared_makes_a_run():
+    for changes in tables.SETTINGS.values():
+        for change in changes:
+            parse(list(change), programs.paper(tables.COMPARED[0]))
+
+
 def test_a_ladder_ends_where_it_fits_and_tables_go_on_from_their_record(
     refused: report.Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

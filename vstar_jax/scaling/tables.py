@@ -63,7 +63,7 @@ SETTINGS: Mapping[str, Sequence[tuple[str, ...]]] = {
         (),
         ("--rollout.weights=split",),
         ("--rollout.cache=float8_e4m3fn",),
-        ("--rollout.history=replace",),
+        ("--rollout.history=replace", "--sft.steps=0"),  # SFT would learn dialogues as a whole
         ("--policy.lora.rank=16", "--grpo.reference=adapters_off"),
     ),
 }
