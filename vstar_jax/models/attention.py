@@ -136,7 +136,7 @@ def _after(prefix: tuple[jax.Array, jax.Array, Array], q: jax.Array, k: jax.Arra
     by_group = pinned(ahead.reshape(groups, members, kv_heads, -1, shared).swapaxes(1, 2))
     by_group = pinned(by_group.reshape(groups, kv_heads, -1, shared))
     by_group = jnp.matmul(by_group, prefix_v, preferred_element_type=jnp.float32)
-    out = pinned(pinned(by_group).reshape(groups, kv_heads, members, -1, dim))
+    out = pinned(by_group.reshape(groups, kv_heads, members, -1, dim))
     out = pinned(out.swapaxes(1, 2).reshape(rows, kv_heads, -1, dim))
     out = ((out + jnp.matmul(own, v, preferred_element_type=jnp.float32)) / total).astype(v.dtype)
     return out.reshape(rows, kv_heads, repeats, length, dim).transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, dim)
